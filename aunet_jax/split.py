@@ -1,0 +1,325 @@
+"""Shows how a text is split into stages, and what that means for a corpus.
+
+  # a text in the terminal, the positions of every stage coloured
+  python -m aunet_jax.split --rule=word@1,word@2 README.md
+  python -m aunet_jax.split --rule=word@1,word@2 --text='It is 1234.'
+
+  # the same as a page for a browser
+  python -m aunet_jax.split --rule=word@1,word@2 README.md --html=stages.html
+
+  # a whole corpus: bytes per segment, longest segments, capacities for a row
+  python -m aunet_jax.split --rule=word@1,word@2 --stats 'books/*.jsonl.gz'
+
+Stage 1 is the bytes. The first rule feeds stage 2, the second stage 3, and so
+on; each stage keeps the positions that its rule cuts at, and those of all
+deeper stages. Rules:
+
+  word@K       after every K words; at numbers, punctuation, newlines. The
+               rule of the released AU-Net models, K = 1, 2, 4
+  anyscript@K  the same, with short words in scripts that use no spaces
+  pretok       the tokens of the paper's Appendix B
+  punct        numbers, punctuation and newlines only
+  stride@N     every N bytes
+  bytes        every byte
+  entropy@FILE where a small model finds the next byte hard to guess
+  tokens@FILE  tokens of a vocabulary (tokenizer.json or .tiktoken), causally
+  MODULE:NAME  your own; see docs/splitting.md
+
+Files may be plain text, JSONL, Parquet, ArrayRecord, compressed or not, a
+directory, a glob, or "python" for the text that ships with Python. Without
+one, standard input is read.
+"""
+
+import argparse
+import heapq
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from aunet_jax import planner, sources, split_view
+from aunet_jax.splitting import Splitter
+
+_PLAN_ROWS = 500  # rows of text that capacities are recommended from
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m aunet_jax.split",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("files", nargs="*", metavar="FILE", help="what to read; - or none: stdin")
+  add(
+    "--rule",
+    default="word@1",
+    help="rules of stages 2, 3, …, joined by commas (default: word@1)",
+  )
+  add("--text", help="a text to split, in place of files")
+  add("--html", metavar="OUT", help="write a page here, not to the terminal")
+  add(
+    "--stats",
+    action="store_true",
+    help="read everything and print statistics only",
+  )
+  add("--json", action="store_true", help="statistics as one JSON object")
+  add(
+    "--max_bytes",
+    type=int,
+    default=4000,
+    help="text to show, at most (default: 4000)",
+  )
+  add(
+    "--row_bytes",
+    type=int,
+    default=8192,
+    help="row length that capacities are recommended for (default: 8192)",
+  )
+  add(
+    "--longest",
+    type=int,
+    default=5,
+    help="longest segments of stage 2 to print with --stats (default: 5)",
+  )
+  add("--text_field", default="text", help="of JSON objects and table rows")
+  add(
+    "--color",
+    choices=("auto", "always", "never"),
+    default="auto",
+    help="auto: where the output is a terminal and NO_COLOR is not set",
+  )
+  args = parser.parse_args(argv)
+  if args.text is not None and args.files:
+    parser.error(f"--text and files ({' '.join(args.files)}); give one of them")
+  if args.html and (args.stats or args.json):
+    parser.error("--html shows a text; --stats and --json count. Give one.")
+  for name in ("max_bytes", "row_bytes"):
+    if getattr(args, name) < 1:
+      parser.error(f"--{name}={getattr(args, name)} must be at least 1.")
+  return args
+
+
+def _documents(args: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
+  """Names and texts of what was asked for."""
+  if args.text is not None:
+    # Bytes that the shell passed and that are no UTF-8 come back as they were.
+    yield "the text given", args.text.encode("utf-8", "surrogateescape")
+    return
+  if not args.files or args.files == ["-"]:
+    if sys.stdin.isatty():
+      print("reading standard input; Ctrl-D ends it", file=sys.stderr)
+    yield "standard input", sys.stdin.buffer.read()
+    return
+  for source in sources.list_sources(args.files)[0]:
+    for record in sources.read_source(source, args.text_field):
+      if isinstance(record, sources.Document):
+        yield record.name, record.text
+      elif record.reason != "empty":
+        print(
+          f"split: skipped {record.where}: {record.reason}: {record.detail}",
+          file=sys.stderr,
+        )
+
+
+class _Longest:
+  """The longest segments of stage 2, with where they stand."""
+
+  def __init__(self, count: int):
+    self._count = count
+    self._heap: list[tuple[int, str, int, bytes]] = []
+
+  def add(self, name: str, text: bytes, levels: np.ndarray) -> None:
+    if self._count < 1:
+      return
+    edges = np.concatenate(([0], np.flatnonzero(levels) + 1, [len(text)]))
+    lengths = np.diff(edges)
+    for index in np.argsort(-lengths, kind="stable")[: self._count]:
+      length, start = int(lengths[index]), int(edges[index])
+      entry = (length, name, start, text[start : start + 60])
+      if length and len(self._heap) < self._count:
+        heapq.heappush(self._heap, entry)
+      elif length and length > self._heap[0][0]:
+        heapq.heapreplace(self._heap, entry)
+
+  def found(self) -> list[dict]:
+    return [
+      {"bytes": length, "document": name, "offset": start, "text": snippet}
+      for length, name, start, snippet in sorted(
+        self._heap, key=lambda entry: -entry[0]
+      )
+    ]
+
+
+def statistics(
+  documents: Iterable[tuple[str, bytes]],
+  splitter,
+  rules: list[str],
+  row_bytes: int,
+  num_longest: int = 0,
+) -> dict:
+  """What the rules make of the documents, in JSON types.
+
+  Returns: documents, bytes, megabytes_per_second (of splitting alone),
+    `stages` as `planner.SegmentCounter.summary`, `longest` segments of stage
+    2, and `capacities` with `fill` for rows of `row_bytes`, both None where
+    there is too little text to say.
+  """
+  counter = planner.SegmentCounter(splitter.num_levels)
+  longest = _Longest(num_longest)
+  sample, sample_bytes = [], 0
+  num_documents = num_bytes = 0
+  splitter.levels(b"")  # compiles the loop, which is not to be timed
+  seconds = 0.0
+  for name, text in documents:
+    before = time.perf_counter()
+    levels = splitter.levels(text)
+    seconds += time.perf_counter() - before
+    counter.add(levels)
+    longest.add(name, text, levels)
+    num_documents += 1
+    num_bytes += len(text)
+    room = _PLAN_ROWS * row_bytes - sample_bytes
+    if room > 0 and text:
+      sample.append(text[:room])
+      sample_bytes += len(sample[-1])
+  enough = sample_bytes >= planner.MIN_ROWS * row_bytes
+  plan = planner.recommend(sample, splitter, row_bytes) if enough else None
+  return {
+    "rules": rules,
+    "documents": num_documents,
+    "bytes": num_bytes,
+    "megabytes_per_second": num_bytes / max(seconds, 1e-9) / 1e6,
+    "stages": counter.summary(rules),
+    "longest": longest.found(),
+    "row_bytes": row_bytes,
+    "capacities": plan and list(plan.capacities),
+    "fill": plan and list(plan.fill),
+  }
+
+
+def table(found: dict) -> list[list[str]]:
+  """The per-stage part of `statistics` as rows of text, headings first."""
+  rows = [
+    ["stage", "rule", "segments", "bytes each", "longest", "over 16 bytes"]
+  ]
+  for stage in found["stages"]:
+    rows.append(
+      [
+        str(stage["stage"]),
+        stage["rule"],
+        f"{stage['segments']:,}",
+        f"{stage['mean_bytes']:.2f}",
+        f"{stage['longest_bytes']:,}",
+        f"{stage['share_longer_than_16']:.2%}",
+      ]
+    )
+  if found["capacities"]:
+    rows[0].append("capacity")
+    for row, capacity in zip(rows[1:], found["capacities"][1:], strict=True):
+      row.append(f"{capacity:,}")
+  return rows
+
+
+def report(found: dict) -> str:
+  """`statistics` for people."""
+  rows = table(found)
+  widths = [max(len(cell) for cell in column) for column in zip(*rows)]  # noqa: B905
+  lines = [
+    f"{found['documents']:,} documents, {found['bytes']:,} bytes, split at "
+    f"{found['megabytes_per_second']:,.0f} MB/s",
+    "",
+  ]
+  lines += [
+    "  ".join(
+      cell.rjust(width) for cell, width in zip(row, widths, strict=True)
+    )
+    for row in rows
+  ]
+  if found["capacities"]:
+    fill = ", ".join(f"{share:.1%}" for share in found["fill"])
+    capacities = ", ".join(map(str, found["capacities"]))
+    lines += [
+      "",
+      f"capacities for rows of {found['row_bytes']} bytes: {capacities} "
+      f"(slots filled: {fill})",
+    ]
+  elif found["stages"]:
+    lines += [
+      "",
+      f"recommended capacities need {planner.MIN_ROWS} rows of "
+      f"{found['row_bytes']} bytes; give more text or a smaller --row_bytes",
+    ]
+  if found["longest"]:
+    lines += ["", "longest segments of stage 2:"]
+  for segment in found["longest"]:
+    lines.append(
+      f"  {segment['bytes']:,} bytes at {segment['offset']:,} of "
+      f"{segment['document']}: {split_view.on_one_line(segment['text'])}"
+    )
+  return "\n".join(lines)
+
+
+def _as_json(found: dict) -> str:
+  longest = [
+    segment | {"text": segment["text"].decode("utf-8", "replace")}
+    for segment in found["longest"]
+  ]
+  return json.dumps(found | {"longest": longest})
+
+
+def _show(args: argparse.Namespace, splitter: Splitter) -> None:
+  """Draws the start of the first document."""
+  name, text = next(_documents(args), (None, b""))
+  if name is None:
+    raise ValueError(f"no text to show in {', '.join(args.files)}.")
+  data = text[: args.max_bytes]
+  levels = splitter.levels(data)
+  rules = list(splitter.rules)
+  found = statistics([(name, data)], splitter, rules, args.row_bytes)
+  title = name
+  if len(data) < len(text):
+    title += f", first {len(data):,} of {len(text):,} bytes"
+  if args.html:
+    with open(args.html, "w", encoding="utf-8") as file:
+      file.write(split_view.page(title, data, levels, rules, table(found)))
+    print(f"wrote {args.html}")
+    return
+  colour = args.color == "always" or (
+    args.color == "auto"
+    and sys.stdout.isatty()
+    and not os.environ.get("NO_COLOR")
+  )
+  print(f"{title}\n{split_view.legend(rules, colour)}\n")
+  print(split_view.draw(data, levels, colour))
+  print()
+  for row in table(found)[1:]:
+    print(f"stage {row[0]}: {row[2]} segments of {row[3]} bytes on average")
+
+
+def main(argv: list[str] | None = None) -> int:
+  args = _parse(argv)
+  rules = [rule for rule in args.rule.split(",") if rule]
+  try:
+    splitter = Splitter(rules)
+    if args.stats or args.json:
+      found = statistics(
+        _documents(args), splitter, rules, args.row_bytes, args.longest
+      )
+      print(_as_json(found) if args.json else report(found))
+    else:
+      _show(args, splitter)
+    sys.stdout.flush()
+  except BrokenPipeError:  # the reader of our output has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except (ValueError, OSError) as error:
+    print(f"split: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
