@@ -1,0 +1,363 @@
+"""Orbax checkpoints of a run: parameters, optimizer, data position, config.
+
+A workdir holds `config.json` (the Config) and `checkpoints/STEP/` with three
+items: `params`, `optimizer` (optimizer state and step counters) and `host`
+(a JSON dict: data iterator state, byte counts, splitting-rule hash). A
+checkpoint becomes visible only when Orbax has committed all of it.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import absl.logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from aunet_jax import config as config_lib
+from aunet_jax import sharding
+from aunet_jax.aunet import AUNet
+from aunet_jax.config import Config
+from aunet_jax.splitting import Splitter
+from aunet_jax.state import TrainState, init_params
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+
+# Settings that do not change what is learned from which bytes. Everything
+# else must equal the workdir's own config when a run continues.
+FREE_FIELDS = (
+  "mesh.",
+  "checkpoint.",
+  "data.cache_dir",
+  "data.num_workers",
+  "data.max_skip_fraction",
+  "train.log_every_steps",
+  "train.eval_every_steps",
+  "train.eval_bytes",
+  "train.sample_",
+  "train.tensorboard",
+  "train.grad_accumulation",
+  "train.max_nonfinite_steps",
+  "model.unroll_layers",
+)
+FREE_STAGE_FIELDS = ("remat", "attention")
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint cannot be written or read; the message says what to do."""
+
+
+# ----- config.json ----------------------------------------------------------
+
+
+def _flatten(value, path="") -> dict[str, object]:
+  if isinstance(value, dict):
+    items = [(f"{path}.{key}" if path else key, v) for key, v in value.items()]
+  elif isinstance(value, list | tuple) and "stages" in path:
+    items = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+  else:
+    return {path: list(value) if isinstance(value, tuple) else value}
+  return {k: v for key, item in items for k, v in _flatten(item, key).items()}
+
+
+def changed_fields(old: Config, new: Config) -> tuple[list[str], list[str]]:
+  """Differences that forbid continuing a run, and those that are allowed.
+
+  Returns: two lists of lines such as "seed: 0 -> 1".
+  """
+  before = _flatten(dataclasses.asdict(old))
+  after = _flatten(dataclasses.asdict(new))
+  forbidden, allowed = [], []
+  for field in sorted(before.keys() | after.keys()):
+    a, b = before.get(field), after.get(field)
+    if a == b:
+      continue
+    line = f"{field}: {a!r} -> {b!r}"
+    longer = field == "train.num_steps" and b > a
+    free = field.startswith(FREE_FIELDS) or (
+      field.startswith("model.stages[")
+      and field.endswith(tuple(f".{name}" for name in FREE_STAGE_FIELDS))
+    )
+    (allowed if free or longer else forbidden).append(line)
+  return forbidden, allowed
+
+
+def steps(workdir: str | Path) -> list[int]:
+  """Committed checkpoints of a workdir, ascending."""
+  directory = Path(workdir) / CHECKPOINTS
+  return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+
+
+def is_converted(workdir: str | Path) -> bool:
+  """True where the newest checkpoint is a model without training state.
+
+  Raises: CheckpointError where a part of a run's checkpoint is missing.
+  """
+  folder = Path(workdir) / CHECKPOINTS / str(steps(workdir)[-1])
+  try:
+    host = json.loads((folder / "host" / "metadata").read_text())
+  except (OSError, ValueError) as error:
+    raise _damaged(folder, error) from error
+  if "loader" not in host:
+    return True
+  if not (folder / "optimizer").is_dir():
+    raise _damaged(folder, "its optimizer state is missing")
+  return False
+
+
+def _damaged(folder: Path, reason) -> CheckpointError:
+  first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
+  older = [step for step in steps(folder.parents[1]) if step < int(folder.name)]
+  remedy = f"continue from checkpoint {older[-1]}" if older else "start anew"
+  return CheckpointError(
+    f"checkpoint {folder} is damaged ({first}); delete that folder to {remedy}."
+  )
+
+
+def write_config(workdir: str | Path, config: Config) -> None:
+  workdir = Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  partial = workdir / (CONFIG_FILE + ".partial")
+  partial.write_text(config.to_json() + "\n")
+  partial.rename(workdir / CONFIG_FILE)  # whole or not at all
+
+
+def read_config(workdir: str | Path) -> Config:
+  """Raises: CheckpointError where the workdir is missing or not ours."""
+  path = Path(workdir) / CONFIG_FILE
+  if not Path(workdir).is_dir():
+    raise CheckpointError(f"no such workdir: {workdir}")
+  if not path.is_file():
+    raise CheckpointError(
+      f"{workdir} is not a workdir: it has no {CONFIG_FILE}."
+    )
+  try:
+    return config_lib.from_json(path.read_text())
+  except ValueError as error:
+    raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+# ----- saving and restoring -------------------------------------------------
+
+
+def _num_bytes(tree) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+class Checkpointer:
+  """Saves in the background and restores the newest whole checkpoint."""
+
+  def __init__(self, workdir: str | Path, keep: int = 1):
+    # Orbax logs a failed background save with tracebacks of its threads;
+    # `save` and `wait` raise the same failure.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    self.directory = Path(workdir).absolute() / CHECKPOINTS
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+      ),
+    )
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def reached_preemption(self, step: int) -> bool:
+    """True on every process once any was told to stop (multi-host only)."""
+    return self._manager.reached_preemption(step)
+
+  def save(self, step: int, state: TrainState, host: dict) -> None:
+    """Starts saving `state` as checkpoint `step`; `host` is JSON-able.
+
+    Raises: CheckpointError where this save, or the one before it that ran in
+      the background, could not be written. Older checkpoints stay whole.
+    """
+    counters = dict(
+      opt_state=state.opt_state,
+      step=state.step,
+      nonfinite_in_row=state.nonfinite_in_row,
+      nonfinite_total=state.nonfinite_total,
+    )
+    needed = _num_bytes(state)
+    free = shutil.disk_usage(self.directory).free
+    if free < needed:
+      raise CheckpointError(
+        f"checkpoint {step} needs {needed / 1e6:.1f} MB but {self.directory} "
+        f"has {free / 1e6:.1f} MB free; free some space and run the same "
+        f"command again to continue from checkpoint {self.latest_step()}."
+      )
+    self.wait()  # errors of the save before this one are its own
+    try:
+      saved = self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(state.params),
+          optimizer=ocp.args.StandardSave(counters),
+          host=ocp.args.JsonSave(host),
+        ),
+      )
+    except Exception as error:
+      raise self._write_error(step, error) from error
+    if not saved and step not in self._manager.all_steps():
+      raise CheckpointError(
+        f"checkpoint {step} was not written: {self.directory} holds "
+        f"{sorted(self._manager.all_steps())} already, and steps must grow. "
+        f"Use another workdir."
+      )
+
+  def wait(self) -> None:
+    """Returns when every started save is on disk.
+
+    Raises: CheckpointError as `save`.
+    """
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except Exception as error:
+      raise self._write_error(None, error) from error
+
+  def _write_error(self, step, error) -> CheckpointError:
+    name = "a checkpoint" if step is None else f"checkpoint {step}"
+    reason = str(error).strip().splitlines()
+    return CheckpointError(
+      f"{name} could not be written under {self.directory}: "
+      f"{reason[0] if reason else type(error).__name__}. Checkpoints "
+      f"{sorted(self._manager.all_steps())} are whole; when there is room, run "
+      f"the same command again to continue from the newest."
+    )
+
+  def restore(
+    self, abstract: TrainState, shardings: TrainState
+  ) -> tuple[TrainState, dict] | None:
+    """The newest checkpoint as (state, host), or None where there is none.
+
+    A converted model gives its params and a None optimizer state.
+
+    Raises: CheckpointError naming a checkpoint that cannot be read.
+    """
+    step = self.latest_step()
+    if step is None:
+      return None
+
+    def target(shape, where):
+      return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shape,
+        where,
+      )
+
+    whole = target(abstract, shardings)
+    counters = dict(
+      opt_state=whole.opt_state,
+      step=whole.step,
+      nonfinite_in_row=whole.nonfinite_in_row,
+      nonfinite_total=whole.nonfinite_total,
+    )
+    items = dict(
+      params=ocp.args.StandardRestore(whole.params), host=ocp.args.JsonRestore()
+    )
+    converted = is_converted(self.directory.parent)
+    if not converted:
+      items["optimizer"] = ocp.args.StandardRestore(counters)
+    try:
+      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+      raise _damaged(self.directory / str(step), error) from error
+    if converted:
+      return abstract.replace(params=restored["params"], opt_state=None), (
+        restored["host"]
+      )
+    state = TrainState(params=restored["params"], **restored["optimizer"])
+    return state, restored["host"]
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def save_params(workdir: str | Path, config: Config, params: dict) -> None:
+  """Writes a workdir that holds a model and no training state.
+
+  `generate`, `evaluate` and `train` accept it; training starts at step 0.
+  """
+  write_config(workdir, config)
+  directory = Path(workdir).absolute() / CHECKPOINTS
+  with ocp.CheckpointManager(directory) as manager:
+    manager.save(
+      0,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        host=ocp.args.JsonSave(
+          {"splitter_hash": Splitter(config.model.rules).hash}
+        ),
+      ),
+    )
+
+
+# ----- loading a model ------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+  """A model out of a workdir, ready to apply."""
+
+  model: AUNet
+  params: dict
+  splitter: Splitter
+  config: Config
+  step: int
+
+
+def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+  """Reads the newest checkpoint's model.
+
+  Args: mesh: where to put the parameters; None = the first device.
+  Raises: CheckpointError where there is no checkpoint, or the splitting rule
+    of this version of the package is not the one the model was trained with.
+  """
+  config = read_config(workdir)
+  directory = Path(workdir).absolute() / CHECKPOINTS
+  if not steps(workdir):
+    raise CheckpointError(
+      f"{workdir} has no checkpoint yet; train first, or wait for the first "
+      f"save (every {config.checkpoint.every_steps} steps)."
+    )
+  boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+  if mesh is None:
+    mesh = jax.sharding.Mesh(
+      np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES
+    )
+  target = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    sharding.unbox(boxed),
+    sharding.tree_shardings(boxed, mesh),
+  )
+  with ocp.CheckpointManager(directory) as manager:
+    step = manager.latest_step()
+    try:
+      restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(target), host=ocp.args.JsonRestore()
+        ),
+      )
+    except Exception as error:
+      raise _damaged(directory / str(step), error) from error
+  splitter = Splitter(config.model.rules)
+  check_splitter(restored["host"], splitter)
+  return Loaded(AUNet(config.model), restored["params"], splitter, config, step)
+
+
+def check_splitter(host: dict, splitter: Splitter) -> None:
+  """Raises: CheckpointError where the rules' tables have changed."""
+  if host["splitter_hash"] != splitter.hash:
+    raise CheckpointError(
+      f"the checkpoint was trained with splitting tables "
+      f"{host['splitter_hash']}, this version makes {splitter.hash} for the "
+      f"same rules: it would split text differently. Use the package version "
+      f"that wrote the checkpoint."
+    )

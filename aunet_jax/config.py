@@ -1,0 +1,464 @@
+"""Every setting of a run as frozen dataclasses, and the way in from a file.
+
+An experiment file in `configs/` returns a `ml_collections.ConfigDict` made by
+`default()` and edited; `from_config_dict` checks it and freezes it. No other
+module reads a ConfigDict. Validation lives in the dataclasses, so a config
+built in Python is checked exactly like one from the command line.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Sequence
+
+import ml_collections
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+NUM_BYTES = 256
+BOS = 256  # first input of every document; never a target
+EOS = 257  # last target of every document; never an input
+VOCAB_SIZE = 258  # as the official code (facebookresearch/lingua, apps/aunet)
+
+UPSAMPLINGS = ("multi_linear", "repeat", "simple")
+REMATS = ("none", "dots", "full")
+ATTENTIONS = ("auto", "xla")
+SCHEDULES = ("cosine", "wsd", "constant")
+DTYPES = ("float32", "bfloat16")
+
+
+def swiglu_dim(dim: int, multiple_of: int = 256) -> int:
+  """Feed-forward width of the paper's models (Table 9, column FFN).
+
+  Two thirds of 4 * dim, rounded up to a multiple of `multiple_of`.
+  """
+  return -(-int(2 * 4 * dim / 3) // multiple_of) * multiple_of
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+  if value not in choices:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+      f"{name}={value!r} must be one of {', '.join(choices)}.{hint}"
+    )
+
+
+def _check_positive(name: str, value: int | float) -> None:
+  if not (value > 0 and math.isfinite(value)):
+    raise ValueError(f"{name}={value} must be a positive number.")
+
+
+def _check_range(name: str, value: int | float, low, high=math.inf) -> None:
+  if not (low <= value <= high and math.isfinite(value)):
+    above = f"at least {low}" if high == math.inf else f"{low} to {high}"
+    raise ValueError(f"{name}={value} must be {above}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+  """One stage of the U-Net. `stages[0]` is the byte stage.
+
+  A stage with a coarser one below it has `num_layers` blocks on its
+  contracting and as many on its expanding path; the deepest has one path.
+  """
+
+  dim: int  # width of the residual stream
+  num_layers: int  # Transformer blocks on each path
+  head_dim: int  # width of one attention head; even, for RoPE
+  window: int | None  # keys a query sees, itself included; None = all
+  capacity: int  # positions of this stage in a row; stage 1: the row length
+  rule: str | None = None  # splitting rule that feeds this stage; stage 1: None
+  num_kv_heads: int | None = None  # None = one per query head (no GQA)
+  ffn_dim: int | None = None  # None = swiglu_dim(dim), as the paper's Table 9
+  skip: bool = True  # add this stage's encoding to its upsampled input
+  remat: str = "none"  # what the backward pass recomputes: none, dots, full
+  attention: str = "auto"  # kernel; "auto" picks by platform and logs it
+
+  def __post_init__(self):
+    for name in ("dim", "num_layers", "head_dim", "capacity"):
+      _check_positive(f"stage {name}", getattr(self, name))
+    for name in ("window", "num_kv_heads", "ffn_dim"):
+      if getattr(self, name) is not None:
+        _check_positive(f"stage {name}", getattr(self, name))
+    if self.dim % self.head_dim:
+      raise ValueError(
+        f"dim={self.dim} must be a multiple of head_dim={self.head_dim}; "
+        f"try dim={-(-self.dim // self.head_dim) * self.head_dim}."
+      )
+    if self.head_dim % 2:
+      raise ValueError(
+        f"head_dim={self.head_dim} must be even: RoPE rotates pairs."
+      )
+    if self.num_heads % self.kv_heads:
+      raise ValueError(
+        f"num_kv_heads={self.num_kv_heads} must divide the "
+        f"{self.num_heads} query heads (dim={self.dim} / "
+        f"head_dim={self.head_dim})."
+      )
+    _check_choice("stage remat", self.remat, REMATS)
+    _check_choice("stage attention", self.attention, ATTENTIONS)
+
+  @property
+  def num_heads(self) -> int:
+    return self.dim // self.head_dim
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+  @property
+  def ffn(self) -> int:
+    return swiglu_dim(self.dim) if self.ffn_dim is None else self.ffn_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The network. One stage is the flat byte Transformer."""
+
+  stages: tuple[StageConfig, ...]
+  vocab_size: int = VOCAB_SIZE
+  upsampling: str = "multi_linear"  # paper Section 2.1; multi_linear is its own
+  num_offsets: int = 16  # matrices of multi-linear upsampling; offsets wrap
+  parametric: bool = True  # False: pool and upsample without projections
+  rope_theta: float = 500_000.0
+  norm_eps: float = 1e-5
+  document_mask: bool = True  # False: rows are one document (official code)
+  final_norm: bool = True  # False: logits as the official evaluation's
+  level_loss_weight: float = 0.0  # > 0 adds the level head and its loss
+  dtype: str = "bfloat16"  # compute; norms, softmax, logits, loss: float32
+  param_dtype: str = "float32"
+  unroll_layers: bool = False  # True: no loop over layers in the program
+
+  def __post_init__(self):
+    if not self.stages:
+      raise ValueError("model.stages is empty; a model has at least one stage.")
+    if self.stages[0].rule is not None:
+      raise ValueError(
+        f"stage 1 is the byte stage: its rule must be None, "
+        f"not {self.stages[0].rule!r}."
+      )
+    _check_choice("model.upsampling", self.upsampling, UPSAMPLINGS)
+    _check_choice("model.dtype", self.dtype, DTYPES)
+    _check_choice("model.param_dtype", self.param_dtype, DTYPES)
+    _check_positive("model.num_offsets", self.num_offsets)
+    for fine, coarse in zip(self.stages, self.stages[1:], strict=False):
+      if coarse.capacity > fine.capacity:
+        raise ValueError(
+          f"a stage of capacity {coarse.capacity} lies below one of "
+          f"{fine.capacity}; capacities cannot grow with depth."
+        )
+      if not self.parametric and coarse.dim % fine.dim:
+        raise ValueError(
+          f"parametric=False needs each dim to divide the next: "
+          f"{fine.dim} does not divide {coarse.dim}."
+        )
+    _check_range("model.level_loss_weight", self.level_loss_weight, 0)
+    _check_range("model.vocab_size", self.vocab_size, VOCAB_SIZE)
+    _check_positive("model.rope_theta", self.rope_theta)
+    _check_positive("model.norm_eps", self.norm_eps)
+
+  @property
+  def num_stages(self) -> int:
+    return len(self.stages)
+
+  @property
+  def capacities(self) -> tuple[int, ...]:
+    """Positions of every stage in a row, stage 1 first."""
+    return tuple(stage.capacity for stage in self.stages)
+
+  @property
+  def rules(self) -> tuple[str, ...]:
+    """The splitting rules of stages 2, 3, …; input of `Splitter`."""
+    rules = tuple(stage.rule for stage in self.stages[1:])
+    for number, rule in enumerate(rules, start=2):
+      if rule is None:
+        raise ValueError(
+          f"stage {number} has no splitting rule; set "
+          f"model.stages[{number - 1}].rule, for example 'word@1'."
+        )
+    return rules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where bytes come from. See docs/data.md."""
+
+  # "python" = the text that ships with this Python; else a file, directory or
+  # glob, several joined by ","; a config file may also give a list, each item
+  # a path or {"path": ..., "weight": ...} with weights in bytes.
+  train: typing.Any = "python"
+  heldout: typing.Any = None  # as train; None: a share of train's documents
+  heldout_fraction: float = 0.02  # of documents, by a stable hash of the text
+  text_field: str = "text"  # of JSONL objects and Parquet rows
+  cache_dir: str | None = None  # None = WORKDIR/data
+  num_workers: int = 0  # Grain worker processes; 0 = in this process
+  max_skip_fraction: float = 0.01  # of records; more bad ones stop the run
+
+  def __post_init__(self):
+    if not 0 <= self.heldout_fraction < 1:
+      raise ValueError(
+        f"data.heldout_fraction={self.heldout_fraction} must be in [0, 1)."
+      )
+    _check_range("data.num_workers", self.num_workers, 0)
+    _check_range("data.max_skip_fraction", self.max_skip_fraction, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  num_steps: int = 1000
+  batch_size: int = 8  # rows of a step, over all devices
+  grad_accumulation: int = 1  # microbatches a step is computed in
+  log_every_steps: int = 10
+  eval_every_steps: int = 0  # held-out evaluation; 0 = only at the end
+  eval_bytes: int | None = None  # bytes of held-out text; None = all of it
+  max_nonfinite_steps: int = 10  # skipped steps in a row before the run stops
+  sample_prompt: str = ""  # text the final sample continues
+  sample_bytes: int = 400  # length of the final sample; 0 = none
+  tensorboard: bool = True
+
+  def __post_init__(self):
+    for name in (
+      "num_steps",
+      "batch_size",
+      "grad_accumulation",
+      "log_every_steps",
+      "max_nonfinite_steps",
+    ):
+      _check_positive(f"train.{name}", getattr(self, name))
+    for name in ("eval_every_steps", "sample_bytes"):
+      _check_range(f"train.{name}", getattr(self, name), 0)
+    if self.eval_bytes is not None:
+      _check_positive("train.eval_bytes", self.eval_bytes)
+    if self.batch_size % self.grad_accumulation:
+      raise ValueError(
+        f"train.batch_size={self.batch_size} rows do not divide into "
+        f"train.grad_accumulation={self.grad_accumulation} microbatches."
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW as in the paper's Tables 6 and 11."""
+
+  learning_rate: float = 1.65e-3
+  schedule: str = "cosine"  # cosine, wsd (warmup-stable-decay), constant
+  warmup_steps: int = 100
+  decay_steps: int | None = None  # wsd only; None = a fifth of the run
+  final_ratio: float = 0.01  # last learning rate over the peak (Table 6)
+  weight_decay: float = 0.1
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  clip_norm: float = 0.2  # global gradient norm (Table 6)
+
+  def __post_init__(self):
+    _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+    _check_positive("optimizer.learning_rate", self.learning_rate)
+    _check_positive("optimizer.clip_norm", self.clip_norm)
+    _check_positive("optimizer.eps", self.eps)
+    for name in ("beta1", "beta2", "final_ratio"):
+      _check_range(f"optimizer.{name}", getattr(self, name), 0, 1)
+    for name in ("warmup_steps", "weight_decay"):
+      _check_range(f"optimizer.{name}", getattr(self, name), 0)
+    if self.decay_steps is not None:
+      _check_positive("optimizer.decay_steps", self.decay_steps)
+    if self.decay_steps is not None and self.schedule != "wsd":
+      raise ValueError(
+        f"optimizer.decay_steps={self.decay_steps} has a meaning only with "
+        f"optimizer.schedule='wsd', not {self.schedule!r}."
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each mesh axis; at most one None takes what is left."""
+
+  data: int | None = None  # batch split, parameters copied
+  fsdp: int | None = 1  # batch and parameters split
+  tensor: int | None = 1  # heads and feed-forward split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  every_steps: int = 500
+  keep: int = 3  # newest checkpoints kept
+
+  def __post_init__(self):
+    _check_positive("checkpoint.every_steps", self.every_steps)
+    _check_positive("checkpoint.keep", self.keep)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """A whole run."""
+
+  model: ModelConfig
+  seed: int = 0
+  data: DataConfig = DataConfig()
+  train: TrainConfig = TrainConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+
+  def __post_init__(self):
+    _check_range("seed", self.seed, 0, 2**32 - 1)
+    longest = self.model.capacities[0] - 1
+    if len(self.train.sample_prompt.encode()) >= longest:
+      raise ValueError(
+        f"train.sample_prompt has {len(self.train.sample_prompt.encode())} "
+        f"bytes; the model has positions for {longest - 1} and a byte to say."
+      )
+    if self.optimizer.warmup_steps >= self.train.num_steps:
+      raise ValueError(
+        f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be less "
+        f"than train.num_steps={self.train.num_steps}."
+      )
+
+  def to_json(self) -> str:
+    return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+# ----- between dataclasses and ConfigDicts ----------------------------------
+
+
+def _value_type(annotation) -> tuple[type, bool]:
+  """The plain type of a field and whether None is allowed."""
+  if isinstance(annotation, types.UnionType):
+    (kind,) = [a for a in annotation.__args__ if a is not types.NoneType]
+    return kind, True
+  return annotation, annotation is typing.Any
+
+
+def _to_dict(cls, values: dict) -> ml_collections.ConfigDict:
+  result = ml_collections.ConfigDict(type_safe=False)
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    value = values.get(field.name, field.default)
+    kind, _ = _value_type(hints[field.name])
+    if dataclasses.is_dataclass(kind):
+      nested = value if isinstance(value, dict) else dataclasses.asdict(value)
+      value = _to_dict(kind, nested)
+    elif field.name == "stages":
+      value = tuple(_to_dict(StageConfig, stage) for stage in value)
+    elif kind is typing.Any:
+      value = config_dict.FieldReference(value, field_type=object)
+    elif value is None:
+      # A typed placeholder: the command line knows how to parse a value.
+      value = config_dict.placeholder(kind)
+    result[field.name] = value
+  return result
+
+
+def stage(**fields) -> ml_collections.ConfigDict:
+  """One entry of `model.stages` for a config file; see `StageConfig`."""
+  _reject_unknown(StageConfig, fields, "stage")
+  return _to_dict(StageConfig, fields)
+
+
+def default(
+  stages: Sequence[ml_collections.ConfigDict],
+) -> ml_collections.ConfigDict:
+  """A full ConfigDict with every default; config files edit and return it."""
+  config = _to_dict(Config, {"model": {"stages": ()}})
+  config.model.stages = tuple(stages)
+  return config
+
+
+def _reject_unknown(cls, values, where: str) -> None:
+  names = [field.name for field in dataclasses.fields(cls)]
+  for key in values:
+    if key not in names:
+      close = difflib.get_close_matches(key, names, n=1)
+      hint = f" Did you mean {close[0]!r}?" if close else ""
+      raise ValueError(
+        f"{where}.{key} is not a setting.{hint} Known: {', '.join(names)}."
+      )
+
+
+def _from_values(cls, values, where: str):
+  """Builds dataclass `cls` from a mapping, naming any wrong field."""
+  if not isinstance(values, ml_collections.ConfigDict | dict):
+    raise ValueError(f"{where}={values!r} must be a group of settings.")
+  _reject_unknown(cls, values.keys(), where)
+  hints = typing.get_type_hints(cls)
+  fields = {}
+  for key in values.keys():
+    value, path = values[key], f"{where}.{key}"
+    kind, optional = _value_type(hints[key])
+    if dataclasses.is_dataclass(kind):
+      fields[key] = _from_values(kind, value, path)
+    elif key == "stages":
+      fields[key] = tuple(
+        _from_values(StageConfig, stage, f"{path}[{i}]")
+        for i, stage in enumerate(value)
+      )
+    elif kind is typing.Any:
+      fields[key] = value
+    elif value is None and optional:
+      fields[key] = None
+    elif kind is float and type(value) is int:
+      fields[key] = float(value)
+    elif type(value) is kind:
+      fields[key] = value
+    else:
+      raise ValueError(
+        f"{path}={value!r} is a {type(value).__name__}; it must be a "
+        f"{kind.__name__}{' or None' if optional else ''}."
+      )
+  try:
+    return cls(**fields)
+  except TypeError as error:  # a required field is absent
+    raise ValueError(f"{where}: {error}") from None
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+  """Checks and freezes a ConfigDict.
+
+  Raises: ValueError naming the field, its value and the rule it breaks.
+  """
+  return _from_values(Config, config, "config")
+
+
+def from_json(text: str) -> Config:
+  """Inverse of `Config.to_json`."""
+  return _from_values(Config, json.loads(text), "config")
+
+
+def parse_flags(args: Sequence[str]) -> Config:
+  """Reads `--config=FILE.py` and `--config.a.b=VALUE` overrides.
+
+  Raises: ValueError naming a misspelt or ill-typed override, with the nearest
+    right key.
+  """
+  for arg in args:
+    if arg.startswith("--config="):
+      path = arg.removeprefix("--config=").split(":")[0]
+      if not path.endswith(".py") or not os.path.isfile(path):
+        raise ValueError(f"--config={path}: no such config file (a .py file).")
+  command = ["config", *args]
+  holder = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+    "config", flag_values=holder, lock_config=True, sys_argv=command
+  )
+  try:
+    rest = holder(command)[1:]
+    value = holder.config
+  except (AttributeError, KeyError, IndexError) as error:
+    reason = " ".join(str(error).replace('"', "'").split()).strip("'")
+    raise ValueError(f"no such setting: {reason}") from None
+  except flags.Error as error:
+    raise ValueError(str(error)) from None
+  except SyntaxError as error:
+    raise ValueError(f"the config file does not parse: {error}") from None
+  if rest:
+    raise ValueError(f"unknown arguments: {' '.join(rest)}")
+  if value is None:
+    raise ValueError(
+      "give a config, for example --config=configs/quickstart.py"
+    )
+  return from_config_dict(value)

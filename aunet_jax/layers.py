@@ -1,0 +1,294 @@
+"""The Transformer block: RMSNorm, RoPE, windowed attention, SwiGLU.
+
+As the official code's block (arXiv 2506.14761 Section 2 builds on lingua's):
+pre-norm, no biases, no norm after the last block of a stack. RoPE rotates the
+two halves of a head instead of neighbouring pairs; the same function up to a
+fixed permutation of each head's query and key rows, and faster on
+accelerators (`lingua.py` permutes).
+
+Letters: B batch, L positions, M attended positions, D width, H query heads,
+G key/value heads, R query heads per key/value head, K head dim, F feed-forward,
+N blocks of C positions.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from aunet_jax.config import ModelConfig, StageConfig
+from aunet_jax.pooling import piece_positions
+
+# Collection of what decoding continues from; `decode.prefill` makes it mutable.
+DECODE_CACHE = "decode_cache"
+
+
+def fan_in_init(fan_in: int, names: tuple[str, ...]):
+  """Truncated normal, std fan_in^-0.5, cut at 3 std; dims named for sharding.
+
+  The official code's `reset_parameters` with `init_std_factor: disabled`.
+  """
+  normal = nn.initializers.truncated_normal(fan_in**-0.5, lower=-3, upper=3)
+  return nn.with_logical_partitioning(normal, names)
+
+
+def project(
+  x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None
+) -> jax.Array:
+  """Contracts the last `num_in` dims of x with the first of the kernel.
+
+  The result has x's dtype, or `dtype`, in which the sum is then kept too.
+
+  One matrix product with every other dim merged: XLA on CPU runs the weight
+  gradient of an unmerged einsum several times slower.
+  """
+  lead, inner = x.shape[:-num_in], kernel.shape[:num_in]
+  width = math.prod(inner)
+  y = jnp.matmul(
+    x.reshape(-1, width),
+    kernel.reshape(width, -1),
+    preferred_element_type=dtype,
+  )
+  return y.reshape(*lead, *kernel.shape[num_in:])
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + eps) * scale, in float32 whatever the input."""
+
+  eps: float
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("activation",))
+    scale_D = self.param("scale", init, (x_BLD.shape[-1],), self.param_dtype)
+    y_BLD = x_BLD.astype(jnp.float32)
+    y_BLD *= jax.lax.rsqrt(
+      jnp.square(y_BLD).mean(axis=-1, keepdims=True) + self.eps
+    )
+    scale_11D = scale_D.astype(jnp.float32)[None, None]
+    return (y_BLD * scale_11D).astype(x_BLD.dtype)
+
+
+def rope_tables(
+  position_BL: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+  """cos and sin (B, L, head_dim / 2), float32, of position * theta^(-2i/K)."""
+  exponent_J = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  frequency_J = 1.0 / jnp.float32(theta) ** exponent_J
+  angle_BLJ = (
+    position_BL.astype(jnp.float32)[:, :, None] * frequency_J[None, None]
+  )
+  return jnp.cos(angle_BLJ), jnp.sin(angle_BLJ)
+
+
+def apply_rope(x_BLHK: jax.Array, cos_BLJ, sin_BLJ) -> jax.Array:
+  """Rotates component j of each head with component j + K/2."""
+  first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos_BLJ[:, :, None, :], sin_BLJ[:, :, None, :]
+  rotated = (first * cos - second * sin, second * cos + first * sin)
+  return jnp.concatenate(rotated, axis=-1).astype(x_BLHK.dtype)
+
+
+def attention(
+  q_BLHK: jax.Array,
+  k_BLGK: jax.Array,
+  v_BLGK: jax.Array,
+  documents_BL: jax.Array,
+  window: int | None,
+) -> jax.Array:
+  """Causal attention to the last `window` positions of the same document.
+
+  Position t sees key s iff 0 <= t - s < window and their documents are equal.
+  Exact; softmax in float32. Memory O(L * window): positions are cut into N
+  blocks of half a window, and a block sees itself and the two before it.
+
+  Returns: o_BLHK, dtype of v_BLGK.
+  """
+  B, L, H, K = q_BLHK.shape
+  G = k_BLGK.shape[2]
+  window = L if window is None else min(window, L)
+  block, back = -(-window // 2), 2  # `back` blocks hold the window - 1 before
+  if block * (back + 1) >= L:
+    block, back = L, 0
+  N = -(-L // block)
+
+  def blocks(x):  # (B, ..., L, K) -> (B, ..., N, C, K)
+    axis = x.ndim - 2
+    x = jnp.pad(
+      x, [(0, N * block - L) if i == axis else (0, 0) for i in range(x.ndim)]
+    )
+    return x.reshape(*x.shape[:axis], N, block, x.shape[-1])
+
+  def with_past(x_BGNCK):  # -> x_BGNMK, M = (back + 1) * C
+    shifted = [
+      jnp.pad(x_BGNCK[:, :, : N - j], ((0, 0), (0, 0), (j, 0), (0, 0), (0, 0)))
+      for j in range(back, 0, -1)
+    ]
+    return jnp.concatenate([*shifted, x_BGNCK], axis=3)
+
+  q_BGRLK = q_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
+  q_BGNRCK = blocks(q_BGRLK * K**-0.5).swapaxes(2, 3)
+  k_BGNMK = with_past(blocks(k_BLGK.swapaxes(1, 2)))
+  v_BGNMK = with_past(blocks(v_BLGK.swapaxes(1, 2)))
+
+  query_1C1 = jnp.arange(block)[None, :, None]
+  key_11M = jnp.arange((back + 1) * block)[None, None] - back * block
+  distance_1CM = query_1C1 - key_11M
+  first_N11 = jnp.arange(N)[:, None, None] * block
+  seen_NCM = (
+    (distance_1CM >= 0) & (distance_1CM < window) & (first_N11 + key_11M >= 0)
+  )
+  documents_B1NC1 = blocks(documents_BL[:, None, :, None])
+  documents_B1NM1 = with_past(documents_B1NC1)
+  same_B1NCM = documents_B1NC1 == documents_B1NM1.swapaxes(3, 4)
+  mask_B1N1CM = (same_B1NCM & seen_NCM[None, None])[:, :, :, None]
+
+  score_BGNRCM = jnp.einsum(
+    "BGNRCK,BGNMK->BGNRCM",
+    q_BGNRCK,
+    k_BGNMK,
+    preferred_element_type=jnp.float32,
+  )
+  score_BGNRCM = jnp.where(mask_B1N1CM, score_BGNRCM, -jnp.inf)
+  # Softmax, divided by its sum only after the sum over keys: K numbers a query
+  # instead of M. A query always sees itself, so the peak is finite.
+  peak_BGNRC1 = jax.lax.stop_gradient(score_BGNRCM.max(axis=-1, keepdims=True))
+  weight_BGNRCM = jnp.exp(score_BGNRCM - peak_BGNRC1)
+  total_BGNRC1 = weight_BGNRCM.sum(axis=-1, keepdims=True)
+  o_BGNRCK = jnp.einsum(
+    "BGNRCM,BGNMK->BGNRCK",
+    weight_BGNRCM.astype(v_BGNMK.dtype),
+    v_BGNMK,
+    preferred_element_type=jnp.float32,
+  )
+  o_BGNRCK = (o_BGNRCK / total_BGNRC1).astype(v_BGNMK.dtype)
+  o_BLHK = o_BGNRCK.transpose(0, 2, 4, 1, 3, 5).reshape(B, N * block, H, K)
+  return o_BLHK[:, :L]
+
+
+class Attention(nn.Module):
+  stage: StageConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BLD, cos_BLJ, sin_BLJ, documents_BL):
+    D, H, G, K = (
+      self.stage.dim,
+      self.stage.num_heads,
+      self.stage.kv_heads,
+      self.stage.head_dim,
+    )
+
+    def kernel(name, fan_in, shape, names):
+      init = fan_in_init(fan_in, names)
+      return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+
+    q_DHK = kernel("query", D, (D, H, K), ("embed", "heads", "head_dim"))
+    k_DGK = kernel("key", D, (D, G, K), ("embed", "kv_heads", "head_dim"))
+    v_DGK = kernel("value", D, (D, G, K), ("embed", "kv_heads", "head_dim"))
+    o_HKD = kernel("out", D, (H, K, D), ("heads", "head_dim", "embed"))
+
+    q_BLHK = project(x_BLD, q_DHK)
+    k_BLGK = project(x_BLD, k_DGK)
+    v_BLGK = project(x_BLD, v_DGK)
+    q_BLHK = apply_rope(q_BLHK, cos_BLJ, sin_BLJ)
+    k_BLGK = apply_rope(k_BLGK, cos_BLJ, sin_BLJ)
+    self.sow(DECODE_CACHE, "keys", k_BLGK)  # kept only where asked for
+    self.sow(DECODE_CACHE, "values", v_BLGK)
+    q_BLHK = nn.with_logical_constraint(
+      q_BLHK, ("batch", "length", "heads", "head_dim")
+    )
+    y_BLHK = attention(q_BLHK, k_BLGK, v_BLGK, documents_BL, self.stage.window)
+    return project(y_BLHK, o_HKD, num_in=2)
+
+
+class SwiGLU(nn.Module):
+  """(silu(x W_gate) * x W_up) W_down."""
+
+  stage: StageConfig
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    D, F = self.stage.dim, self.stage.ffn
+
+    def kernel(name, fan_in, shape, names):
+      init = fan_in_init(fan_in, names)
+      return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+
+    gate_DF = kernel("gate", D, (D, F), ("embed", "mlp"))
+    up_DF = kernel("up", D, (D, F), ("embed", "mlp"))
+    down_FD = kernel("down", F, (F, D), ("mlp", "embed"))
+    gate_BLF = project(x_BLD, gate_DF)
+    up_BLF = project(x_BLD, up_DF)
+    hidden_BLF = nn.silu(gate_BLF) * up_BLF
+    hidden_BLF = nn.with_logical_constraint(
+      hidden_BLF, ("batch", "length", "mlp")
+    )
+    return project(hidden_BLF, down_FD)
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+  stage: StageConfig
+  model: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD, cos_BLJ, sin_BLJ, documents_BL):
+    dtype = jnp.dtype(self.model.dtype)
+    param_dtype = jnp.dtype(self.model.param_dtype)
+    norm = functools.partial(RMSNorm, self.model.norm_eps, param_dtype)
+    attend = Attention(self.stage, dtype, param_dtype, name="attention")
+    feed_forward = SwiGLU(self.stage, dtype, param_dtype, name="ffn")
+    x_BLD += attend(
+      norm(name="attention_norm")(x_BLD), cos_BLJ, sin_BLJ, documents_BL
+    )
+    x_BLD += feed_forward(norm(name="ffn_norm")(x_BLD))
+    x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "activation"))
+    return x_BLD, None
+
+
+_REMAT_POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Stack(nn.Module):
+  """The blocks of one path of one stage, scanned: one compiled body."""
+
+  stage: StageConfig
+  model: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, documents_BL: jax.Array) -> jax.Array:
+    cos_BLJ, sin_BLJ = rope_tables(
+      piece_positions(documents_BL), self.stage.head_dim, self.model.rope_theta
+    )
+    block = Block
+    if self.stage.remat != "none":
+      block = nn.remat(
+        Block,
+        prevent_cse=self.model.unroll_layers,  # a loop cannot be merged anyway
+        policy=_REMAT_POLICIES[self.stage.remat],
+      )
+    num_layers = self.stage.num_layers
+    scanned = nn.scan(
+      block,
+      variable_axes={"params": 0, DECODE_CACHE: 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+      length=num_layers,
+      unroll=num_layers if self.model.unroll_layers else 1,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    x_BLD, _ = scanned(self.stage, self.model, name="blocks")(
+      x_BLD, cos_BLJ, sin_BLJ, documents_BL
+    )
+    return x_BLD

@@ -1,0 +1,588 @@
+"""The training step, and runs that stop, resume, or are asked the wrong thing.
+
+The runs are real: the command line in this process or another, on real files.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from aunet_jax import (
+  checkpoint,
+  data,
+  loss,
+  optimizer,
+  sharding,
+  startup,
+  state,
+  train,
+)
+from aunet_jax import config as config_lib
+from aunet_jax.aunet import AUNet
+from aunet_jax.splitting import Splitter
+
+ROOT = Path(__file__).parents[1]
+TINY = "--config=tests/tiny.py"
+ONE_DEVICE = config_lib.MeshConfig(data=1, fsdp=1, tensor=1)
+TEXT = (
+  "The byte is small. The word is longer, and a sentence of words is longer "
+  "still; 1234 numbers count too.\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_root(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+  return write_corpus(tmp_path / "corpus")
+
+
+def write_corpus(folder: Path) -> Path:
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  words = TEXT.split()
+  for i in range(40):
+    chosen = rng.choice(words, size=int(rng.integers(5, 200)))
+    (folder / f"{i}.txt").write_text(" ".join(chosen) + f" {i}\n")
+  return folder
+
+
+def tiny(corpus=None, **overrides) -> config_lib.Config:
+  flags = [f"--config.{k}={v}" for k, v in overrides.items()]
+  if corpus is not None:
+    flags += [
+      f"--config.data.train={corpus}",
+      "--config.data.heldout_fraction=0.1",
+    ]
+  return config_lib.parse_flags([TINY, *flags])
+
+
+def run(corpus, workdir, *flags) -> int:
+  return train.main(
+    [
+      TINY,
+      f"--workdir={workdir}",
+      f"--config.data.train={corpus}",
+      "--config.data.heldout_fraction=0.1",
+      *flags,
+    ]
+  )
+
+
+def rows(workdir, *names) -> list[tuple]:
+  """(step, loss_nats or held-out loss) of every logged row."""
+  lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  return [
+    (row["step"], row.get("loss_nats"), row.get("heldout_loss_nats"))
+    for row in map(json.loads, lines)
+  ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+  """The workdir of a run that has ended; its corpus lies beside it."""
+  folder = tmp_path_factory.mktemp("finished")
+  write_corpus(folder / "corpus")
+  monkeypatch = pytest.MonkeyPatch()
+  monkeypatch.chdir(ROOT)
+  assert (
+    run(folder / "corpus", folder / "run", "--config.train.num_steps=6") == 0
+  )
+  monkeypatch.undo()
+  return folder / "run"
+
+
+@pytest.fixture
+def batch(corpus) -> dict:
+  config = tiny()
+  documents = [p.read_bytes() for p in sorted(corpus.iterdir())]
+  packed = data.pack_documents(
+    documents, Splitter(config.model.rules), config.model.capacities
+  )
+  return {
+    name: np.stack([row[name] for row in packed[:8]]) for name in packed[0]
+  }
+
+
+def step_on(mesh_config, config, batch, num_steps=1):
+  """Losses and final parameters of some steps on one batch."""
+  sizes = [mesh_config.data, mesh_config.fsdp, mesh_config.tensor]
+  devices = jax.devices()[: int(np.prod(sizes))]
+  mesh = sharding.make_mesh(mesh_config, devices)
+  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  train_state = state.create_state(config.model, tx, mesh, config.seed)
+  where = sharding.batch_sharding(mesh)
+  placed = {k: jax.device_put(v, where) for k, v in batch.items()}
+  losses = []
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    step = jax.jit(train.make_train_step(config, tx))
+    for _ in range(num_steps):
+      train_state, step_metrics = step(train_state, placed)
+      losses.append(
+        float(step_metrics["nats"]) / float(step_metrics["targets"])
+      )
+  return losses, jax.device_get(train_state.params)
+
+
+# ----- the step -------------------------------------------------------------
+
+
+def test_step_is_adamw_on_the_mean_over_all_targets(batch):
+  config = tiny()
+  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  params = sharding.unbox(
+    state.init_params(config.model, jax.random.key(config.seed))
+  )
+  model = AUNet(config.model)
+
+  def mean_nats(p):
+    logits_BLV = model.apply(
+      {"params": p}, batch["bytes"], batch["levels"], batch["documents"]
+    )
+    log_BLV = jax.nn.log_softmax(logits_BLV)
+    picked_BL = jnp.take_along_axis(
+      log_BLV, jnp.asarray(batch["targets"])[..., None], axis=-1
+    )[..., 0]
+    return -(picked_BL * batch["weights"]).sum() / batch["weights"].sum()
+
+  value, grads = jax.value_and_grad(mean_nats)(params)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  expected = optax.apply_updates(params, updates)
+  losses, got = step_on(ONE_DEVICE, config, batch)
+  assert losses[0] == pytest.approx(float(value), rel=1e-5)
+  # Adam divides by sqrt of the squared gradient: tiny gradients amplify
+  # rounding, so the bound is a small part of the learning rate.
+  rate = config.optimizer.learning_rate
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=0.02 * rate),
+    got,
+    jax.device_get(expected),
+  )
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
+def test_every_mesh_gives_the_same_losses(batch, shape):
+  config = tiny()
+  one, _ = step_on(ONE_DEVICE, config, batch, 4)
+  sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+  other, _ = step_on(config_lib.MeshConfig(**sizes), config, batch, 4)
+  np.testing.assert_allclose(other, one, rtol=1e-5)
+  assert one[-1] < one[0]
+
+
+def test_microbatches_equal_one_batch(batch):
+  config = tiny()
+  mesh = config_lib.MeshConfig(data=2, fsdp=1, tensor=1)
+  whole, _ = step_on(mesh, config, batch, 3)
+  split = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, grad_accumulation=4)
+  )
+  parts, _ = step_on(mesh, split, batch, 3)
+  np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+def test_no_large_parameter_is_replicated_by_accident():
+  config = tiny()
+  tx = optimizer.make_optimizer(config.optimizer, 10)
+  mesh = sharding.make_mesh(config_lib.MeshConfig(data=1, fsdp=4, tensor=2))
+  abstract, shardings = state.abstract_state(config.model, tx, mesh)
+  whole = []
+  for (path, leaf), where in zip(
+    jax.tree_util.tree_leaves_with_path(abstract),
+    jax.tree.leaves(shardings),
+    strict=True,
+  ):
+    name = jax.tree_util.keystr(path)
+    table = "embed" in name or "head" in name  # 258 rows: whole on purpose
+    if leaf.size >= 1024 and where.is_fully_replicated and not table:
+      whole.append(name)
+  assert not whole
+
+
+def test_a_step_that_is_not_finite_changes_nothing(batch):
+  config = tiny()
+  tx = optimizer.make_optimizer(config.optimizer, 10)
+  params = sharding.unbox(state.init_params(config.model, jax.random.key(0)))
+  params["head"] = params["head"].at[0, 0].set(jnp.inf)
+  zero = jnp.zeros((), jnp.int32)
+  before = state.TrainState(zero, params, tx.init(params), zero, zero)
+  after, _ = jax.jit(train.make_train_step(config, tx))(before, batch)
+  for old, new in zip(
+    jax.tree.leaves((before.params, before.opt_state)),
+    jax.tree.leaves((after.params, after.opt_state)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(old, new)
+  assert (after.step, after.nonfinite_in_row, after.nonfinite_total) == (
+    1,
+    1,
+    1,
+  )
+
+
+def test_a_run_that_stays_nonfinite_stops_and_says_where(
+  corpus, tmp_path, capsys
+):
+  status = run(
+    corpus,
+    tmp_path / "run",
+    "--config.optimizer.learning_rate=1e30",
+    "--config.optimizer.warmup_steps=0",
+    "--config.train.max_nonfinite_steps=3",
+    "--config.train.num_steps=50",
+  )
+  assert status == 1
+  error = capsys.readouterr().err
+  assert "not finite in the last 3 steps" in error
+  assert "learning_rate=1e+30" in error
+
+
+def test_level_targets_are_the_levels_of_the_next_bytes():
+  levels_BL = jnp.array([[2, 0, 1, 2, 0, 0]])
+  documents_BL = jnp.array([[1, 1, 1, 2, 2, 0]])
+  targets_BL = jnp.array([[65, 66, config_lib.EOS, 65, 66, 0]])
+  level_BL, known_BL = loss.target_levels(levels_BL, documents_BL, targets_BL)
+  # The cut piece's last target (66, document 2) lies in another row.
+  np.testing.assert_array_equal(known_BL, [[1, 1, 1, 1, 0, 0]])
+  np.testing.assert_array_equal(level_BL[0, :4], [0, 1, 0, 0])
+
+
+def test_the_level_head_trains(corpus, tmp_path):
+  flags = ("--config.model.level_loss_weight=0.5", "--config.train.num_steps=4")
+  assert run(corpus, tmp_path / "run", *flags) == 0
+
+
+def test_schedules_meet_their_ends():
+  base = config_lib.OptimizerConfig(learning_rate=1.0, warmup_steps=10)
+  cosine = optimizer.learning_rate_schedule(base, 100)
+  np.testing.assert_allclose([cosine(0), cosine(9)], [0.1, 1.0], rtol=1e-6)
+  np.testing.assert_allclose(cosine(99), 0.01, rtol=1e-4)
+  wsd = optimizer.learning_rate_schedule(
+    dataclasses.replace(base, schedule="wsd", decay_steps=20), 100
+  )
+  np.testing.assert_allclose([wsd(50), wsd(79)], [1.0, 1.0])
+  np.testing.assert_allclose(wsd(99), 0.01, rtol=1e-4)
+
+
+# ----- stopping and resuming ------------------------------------------------
+
+
+def test_resume_after_a_signal_logs_what_an_uninterrupted_run_logs(
+  corpus, tmp_path, monkeypatch
+):
+  assert run(corpus, tmp_path / "whole") == 0
+  # A signal that arrives while step 5 is being absorbed.
+  real, seen = train.evaluate.to_device, []
+
+  def interrupt(*args):
+    seen.append(0)
+    if len(seen) == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+
+  monkeypatch.setattr(train.evaluate, "to_device", interrupt)
+  assert run(corpus, tmp_path / "cut") == train.EXIT_STOPPED
+  monkeypatch.undo()
+  monkeypatch.chdir(ROOT)
+  assert checkpoint.steps(tmp_path / "cut")[-1] not in (3, 6, 9, 12)
+  assert run(corpus, tmp_path / "cut") == 0
+  assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_kill_9_at_any_step_then_the_same_command_repeats_every_loss(
+  corpus, tmp_path
+):
+  command = [
+    sys.executable, "-m", "aunet_jax.train", TINY,
+    f"--config.data.train={corpus}", "--config.data.heldout_fraction=0.1",
+    "--config.train.num_steps=40", "--config.checkpoint.every_steps=4",
+    "--config.train.eval_every_steps=6",
+  ]  # fmt: skip
+  env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+  def start(workdir):
+    return subprocess.Popen(
+      [*command, f"--workdir={workdir}"],
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  whole = start(tmp_path / "whole")
+  assert whole.wait() == 0, whole.stderr.read()
+  kills = 0
+  for after_steps in (5, 15, 40):
+    process = start(tmp_path / "cut")
+    metrics_path = tmp_path / "cut" / "metrics.jsonl"
+    while process.poll() is None:
+      logged = rows(tmp_path / "cut") if metrics_path.exists() else []
+      if logged and logged[-1][0] >= after_steps:
+        break
+      time.sleep(0.01)
+    if process.poll() is None and after_steps < 40:
+      process.kill()
+      kills += 1
+    process.wait()
+  assert kills == 2
+  assert process.returncode == 0, process.stderr.read()
+  assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_rows_past_the_restored_step_and_torn_lines_are_removed(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
+  train.metrics.drop_rows_after(path, 4)
+  assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_a_finished_run_says_so_and_changes_nothing(corpus, tmp_path, capsys):
+  assert run(corpus, tmp_path / "run") == 0
+  before = rows(tmp_path / "run")
+  assert run(corpus, tmp_path / "run") == 0
+  assert "held-out text" in capsys.readouterr().out
+  assert rows(tmp_path / "run") == before
+  more = "--config.train.num_steps=14"
+  assert run(corpus, tmp_path / "run", more) == 0
+  assert rows(tmp_path / "run")[-1][0] == 14
+
+
+# ----- bad input ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("flag", "named"),
+  [
+    ("--config.seed=1", "seed: 0 -> 1"),
+    ("--config.model.stages[1].dim=80", "model.stages[1].dim: 64 -> 80"),
+    ("--config.model.stages[1].rule=word@2", "model.stages[1].rule"),
+    ("--config.optimizer.learning_rate=0.1", "optimizer.learning_rate"),
+    ("--config.data.text_field=body", "data.text_field"),
+    ("--config.train.num_steps=4", "train.num_steps: 6 -> 4"),
+  ],
+)
+def test_a_workdir_of_another_config_is_refused(finished, capsys, flag, named):
+  corpus = finished.parent / "corpus"
+  assert run(corpus, finished, "--config.train.num_steps=6", flag) == 2
+  error = capsys.readouterr().err
+  assert named in error and "another --workdir" in error
+
+
+def test_a_model_without_training_state_trains_on_anything(
+  corpus, tmp_path, capsys
+):
+  config = tiny()
+  checkpoint.save_params(
+    tmp_path / "run",
+    config,
+    sharding.unbox(state.init_params(config.model, jax.random.key(0))),
+  )
+  assert run(corpus, tmp_path / "run", "--config.model.stages[1].dim=80") == 2
+  assert "model.stages[1].dim" in capsys.readouterr().err
+  flags = (
+    "--config.optimizer.learning_rate=1e-4",
+    "--config.train.num_steps=3",
+  )
+  assert run(corpus, tmp_path / "run", *flags) == 0
+  assert "data.train: 'python'" in capsys.readouterr().out
+
+
+def test_what_may_change_between_starts_changes_and_is_said(
+  corpus, tmp_path, capsys
+):
+  assert run(corpus, tmp_path / "run", "--config.train.num_steps=3") == 0
+  flags = (
+    "--config.mesh.data=2", "--config.mesh.fsdp=4",
+    "--config.train.log_every_steps=1", "--config.model.stages[0].remat=full",
+    "--config.train.num_steps=5",
+  )  # fmt: skip
+  assert run(corpus, tmp_path / "run", *flags) == 0
+  out = capsys.readouterr().out
+  for field in ("mesh.data", "log_every_steps", "remat", "num_steps: 3 -> 5"):
+    assert field in out
+  assert rows(tmp_path / "run")[-1][0] == 5
+
+
+def test_changed_data_under_the_same_path_is_refused(corpus, tmp_path, capsys):
+  assert run(corpus, tmp_path / "run", "--config.train.num_steps=3") == 0
+  (corpus / "0.txt").write_text("something else entirely\n")
+  assert run(corpus, tmp_path / "run", "--config.train.num_steps=5") == 2
+  assert "files were added, removed or edited" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_part_is_refused_and_named(
+  finished, tmp_path, capsys
+):
+  shutil.copytree(finished, tmp_path / "run")
+  newest = tmp_path / "run" / "checkpoints" / "6"
+  shutil.rmtree(newest / "optimizer")
+  corpus = finished.parent / "corpus"
+  assert run(corpus, tmp_path / "run", "--config.train.num_steps=9") == 2
+  error = capsys.readouterr().err
+  assert f"{newest} is damaged" in error and "from checkpoint 3" in error
+  shutil.rmtree(newest)
+  assert run(corpus, tmp_path / "run", "--config.train.num_steps=9") == 0
+  assert [row[0] for row in rows(tmp_path / "run") if row[1]] == [2, 4, 6, 8, 9]
+
+
+def test_two_runs_do_not_share_a_workdir(finished, capsys):
+  corpus = finished.parent / "corpus"
+  with startup.lock_workdir(finished):
+    assert run(corpus, finished, "--config.train.num_steps=6") == 2
+  assert "another process is training in" in capsys.readouterr().err
+  assert run(corpus, finished, "--config.train.num_steps=6") == 0
+
+
+def test_an_interval_without_a_finite_loss_is_null():
+  config = tiny()
+  interval = train.metrics.Interval()
+  step_metrics = {
+    "nats": np.float32("nan"),
+    "targets": np.float32(10),
+    "bytes": np.int32(9),
+    "positions": np.array([10, 3]),
+    "grad_norm": np.float32("inf"),
+    "nonfinite_total": np.int32(1),
+  }
+  interval.add(step_metrics)
+  row = interval.row(config, 1, step_metrics)
+  assert (row["loss_nats"], row["bits_per_byte"], row["grad_norm"]) == (
+    None,
+  ) * 3
+  assert row["bytes_seen"] == 9
+  interval.add(step_metrics | {"nats": np.float32(7.0)})
+  assert interval.row(config, 2, step_metrics)["loss_nats"] == pytest.approx(
+    0.7
+  )
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--config.sed=1"], "seed"),
+    (["--config.seed=-1"], "seed=-1"),
+    (["--config.model.vocab_size=100"], "vocab_size=100 must be at least 258"),
+    (["--config.optimizer.learning_rate=nan"], "positive number"),
+    (["--config.optimizer.beta2=1.5"], "beta2=1.5 must be 0 to 1"),
+    (["--config.model.stages[0].num_kv_heads=0"], "num_kv_heads=0"),
+    (["--config.train.eval_bytes=-3"], "eval_bytes=-3"),
+    (["--config.train.sample_prompt=" + "x" * 200], "200 bytes"),
+    (["--config.train.num_step=1"], "num_steps"),
+    (["--config.seed=x"], "invalid literal for int"),
+    (["--config.model.stages[0].dim=33"], "multiple of head_dim=16"),
+    (["--config.train.batch_size=12"], "multiple of 8"),
+    (["--config.mesh.data=3"], "needs 3 devices but there are 8"),
+    (["--config.data.train=/no/such/place"], "/no/such/place"),
+    (["--config.optimizer.schedule=cosin"], "cosine"),
+    (["--config.optimizer.warmup_steps=12"], "num_steps=12"),
+    (["--config.model.stages[1].rule=wrod@1"], "wrod@1"),
+    (["--nonsense=1"], "nonsense"),
+  ],
+)
+def test_bad_settings_are_named(corpus, tmp_path, capsys, flags, message):
+  assert run(corpus, tmp_path / "run", *flags) == 2
+  error = capsys.readouterr().err
+  assert message in error and "Traceback" not in error
+
+
+def test_a_missing_config_file_is_named(tmp_path, capsys):
+  status = train.main(["--config=configs/nope.py", f"--workdir={tmp_path}"])
+  assert status == 2
+  assert "configs/nope.py" in capsys.readouterr().err
+
+
+def test_an_empty_data_path_is_an_error(tmp_path, capsys):
+  (tmp_path / "empty").mkdir()
+  assert run(tmp_path / "empty", tmp_path / "run") == 2
+  assert "empty" in capsys.readouterr().err
+
+
+def test_bytes_that_are_not_utf8_train(tmp_path):
+  (tmp_path / "noise").mkdir()
+  noise = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8)
+  (tmp_path / "noise" / "a.bin").write_bytes(noise.tobytes())
+  assert (
+    run(
+      tmp_path / "noise",
+      tmp_path / "run",
+      "--config.train.num_steps=3",
+      "--config.data.heldout_fraction=0",
+    )
+    == 0
+  )
+
+
+def test_bad_jsonl_lines_are_skipped_counted_and_shown(tmp_path, capsys):
+  good = json.dumps({"text": TEXT * 3})
+  lines = [good] * 300 + ["{not json", json.dumps({"body": "x"})]
+  (tmp_path / "d.jsonl").write_text("\n".join(lines))
+  flags = ("--config.train.num_steps=3", "--config.data.heldout_fraction=0")
+  assert run(tmp_path / "d.jsonl", tmp_path / "run", *flags) == 0
+  assert "skipped" in capsys.readouterr().out
+
+
+def test_a_full_disk_during_a_checkpoint_is_a_clear_error(corpus, tmp_path):
+  """Files may grow to 100 kB, less than the parameters need."""
+  process = subprocess.run(
+    [
+      sys.executable, "-m", "aunet_jax.train", TINY,
+      f"--config.data.train={corpus}", f"--workdir={tmp_path / 'run'}",
+      "--config.data.heldout_fraction=0.1",
+      "--config.model.stages[1].dim=128",
+    ],
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    preexec_fn=lambda: resource.setrlimit(
+      resource.RLIMIT_FSIZE, (100_000, 100_000)
+    ),
+    capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert process.returncode == 1, process.stderr
+  # The store's own threads print too, before and after the trainer's line.
+  said = [x for x in process.stderr.splitlines() if x.startswith("error: ")]
+  assert len(said) == 1, process.stderr
+  assert said[0].startswith("error: a checkpoint could not be written")
+  assert checkpoint.steps(tmp_path / "run") == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of 8 MB."""
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+  try:
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+  except FileNotFoundError:
+    mounted = False
+  if not mounted:
+    pytest.skip("mounting a small file system needs root")
+  yield disk
+  subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_said_before_it_is_written(
+  corpus, small_disk, capsys
+):
+  flags = ("--config.model.stages[1].dim=256", "--config.train.num_steps=4")
+  assert run(corpus, small_disk / "run", *flags) == 1
+  error = capsys.readouterr().err
+  assert "MB free; free some space" in error
+  assert checkpoint.steps(small_disk / "run") == []
