@@ -1,0 +1,493 @@
+"""Parameters, FLOPs and memory of a model, from its config alone.
+
+    python -m aunet_jax.counts --config=configs/aunet2_1b.py
+    python -m aunet_jax.counts --config=configs/aunet2_1b.py --json
+    python -m aunet_jax.counts --config=configs/aunet2_1b.py \
+        --contraction=4.92 --config.model.upsampling=repeat
+
+Three kinds of FLOPs, never mixed; a multiplication and an addition are two:
+
+  paper    training FLOPs per byte by the official code's estimator (paper
+           Section 2.3 and Appendix A): no transitions, full stages.
+  padded   what the device runs: every slot, attention's whole key blocks,
+           multi-linear upsampling's padded groups.
+  useful   the same products at real positions and unmasked keys only.
+
+Norms, softmax and other elementwise work are in none of them. Training is
+three times forward; what rematerialisation repeats is given on its own.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from aunet_jax import config as config_lib
+from aunet_jax.config import ModelConfig, StageConfig
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets.
+_PEAK_FLOPS = (
+  ("h100", 989e12),
+  ("h200", 989e12),
+  ("a100", 312e12),
+  ("v6e", 918e12),
+  ("v6 lite", 918e12),
+  ("v5e", 197e12),
+  ("v5 lite", 197e12),
+  ("v5p", 459e12),
+  ("v5", 459e12),  # how v5p devices name themselves
+  ("v4", 275e12),
+)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Dense bfloat16 FLOP/s of `device`; None where we do not know it."""
+  kind = device.device_kind.lower()
+  for name, flops in _PEAK_FLOPS:
+    if name in kind:
+      return flops
+  return None
+
+
+def _layers(model: ModelConfig, i: int) -> int:
+  """Blocks of stage i + 1, on both paths together."""
+  paths = 1 if i == model.num_stages - 1 else 2
+  return paths * model.stages[i].num_layers
+
+
+def _projection_weights(stage: StageConfig) -> int:
+  """Weights of one block's query, key, value and output matrices."""
+  return stage.dim * stage.head_dim * 2 * (stage.num_heads + stage.kv_heads)
+
+
+def _ffn_weights(stage: StageConfig) -> int:
+  return 3 * stage.dim * stage.ffn
+
+
+# ----- parameters -----------------------------------------------------------
+
+
+def parameters(model: ModelConfig) -> tuple[dict[str, int], ...]:
+  """Number of parameters by stage (first = bytes), then by kind.
+
+  A transition belongs to its finer stage. Equal to what `AUNet` initialises.
+  """
+  result = []
+  for i, stage in enumerate(model.stages):
+    layers = _layers(model, i)
+    kinds = {
+      "attention": layers * _projection_weights(stage),
+      "ffn": layers * _ffn_weights(stage),
+      "norms": layers * 2 * stage.dim,
+    }
+    if i == 0:
+      kinds["embedding"] = model.vocab_size * stage.dim
+      kinds["head"] = model.vocab_size * stage.dim
+      kinds["norms"] += stage.dim
+      if model.level_loss_weight > 0:
+        kinds["level head"] = 2 * stage.dim * model.num_stages
+        kinds["norms"] += 2 * stage.dim
+    if i < model.num_stages - 1:
+      D, E, O = stage.dim, model.stages[i + 1].dim, model.num_offsets
+      kinds["pool"] = D * E if model.parametric else 0
+      kinds["upsample"] = D * E if model.parametric else 0
+      kinds["norms"] += D + E if model.parametric else 0
+      if model.upsampling == "multi_linear":
+        kinds["upsample"] += O * D * E
+        kinds["norms"] += 0 if model.parametric else E
+      elif model.upsampling == "repeat":
+        kinds["upsample"] += O * E
+    result.append(kinds)
+  return tuple(result)
+
+
+def num_parameters(model: ModelConfig) -> int:
+  return sum(sum(kinds.values()) for kinds in parameters(model))
+
+
+# ----- FLOPs by the paper's accounting --------------------------------------
+
+
+def paper_flops_per_byte(model: ModelConfig, *, head: bool = True) -> float:
+  """Training FLOPs per byte as the paper's Table 10 prints them.
+
+  Sum over stages of F / k (Appendix A), F = 6 N + 6 d L (w (2 S - w) / S),
+  N the block matrices, k = (row length) / S, S the stage's capacity. As in the
+  official estimator, transitions are left out. `head` adds 6 d_1 V; without
+  it the paper's data-to-model ratio comes out as 10.000 in every scaling row.
+  """
+  first = model.stages[0]
+  flops = 6 * first.dim * model.vocab_size if head else 0
+  for i, stage in enumerate(model.stages):
+    S, layers = stage.capacity, _layers(model, i)
+    w = S if stage.window is None else min(stage.window, S)
+    per_position = (
+      6 * layers * (_projection_weights(stage) + _ffn_weights(stage))
+    )
+    per_position += 6 * stage.dim * layers * w * (2 * S - w) / S
+    flops += per_position * S / first.capacity
+  return flops
+
+
+# ----- FLOPs of the program -------------------------------------------------
+
+
+def _forward(
+  model: ModelConfig,
+  positions: Sequence[float],
+  pairs: Sequence[float],
+  grouped: Sequence[float],
+) -> tuple[dict[str, float], ...]:
+  """Forward FLOPs by stage and kind.
+
+  Args:
+    positions: of each stage. pairs: (query, key) pairs of each stage.
+    grouped: rows through the offset matrices, per transition.
+  """
+  result = []
+  for i, stage in enumerate(model.stages):
+    layers, n = _layers(model, i), positions[i]
+    kinds = {
+      "projections": 2 * n * layers * _projection_weights(stage),
+      "scores": 4 * pairs[i] * layers * stage.dim,
+      "ffn": 2 * n * layers * _ffn_weights(stage),
+    }
+    if i == 0:
+      kinds["head"] = 2 * n * stage.dim * model.vocab_size
+      if model.level_loss_weight > 0:
+        kinds["head"] += 2 * n * 2 * stage.dim * model.num_stages
+    if i < model.num_stages - 1:
+      matrix = 2 * stage.dim * model.stages[i + 1].dim
+      kinds["pool"] = matrix * positions[i + 1] if model.parametric else 0
+      kinds["upsample"] = matrix * positions[i + 1] if model.parametric else 0
+      if model.upsampling == "multi_linear":
+        kinds["upsample"] += matrix * grouped[i]
+    result.append(kinds)
+  return tuple(result)
+
+
+def _block_pairs(stage: StageConfig) -> int:
+  """Pairs that `layers.attention` multiplies for one row, masked or not."""
+  L = stage.capacity
+  window = L if stage.window is None else min(stage.window, L)
+  block = -(-window // 2)
+  if 3 * block >= L:
+    return L * L
+  return -(-L // block) * block * 3 * block
+
+
+def _causal_pairs(stage: StageConfig) -> int:
+  """Pairs causality and the window leave in a row that is one piece."""
+  L = stage.capacity
+  window = L if stage.window is None else min(stage.window, L)
+  return window * L - window * (window - 1) // 2
+
+
+def grouped_rows(
+  length: int, num_offsets: int, rows_per_device: int = 1
+) -> tuple[int, int]:
+  """(number of blocks, rows of a block) of `pooling.offset_matmul`."""
+  total = rows_per_device * length
+  block = max(16, total // 64)
+  return -(-total // block) + num_offsets, block
+
+
+def padded_forward_flops(
+  model: ModelConfig, rows_per_device: int = 1
+) -> tuple[dict[str, float], ...]:
+  """Forward FLOPs a device runs for one row, by stage and kind."""
+  grouped = []
+  for length in model.capacities[:-1]:
+    num_blocks, block = grouped_rows(length, model.num_offsets, rows_per_device)
+    grouped.append(num_blocks * block / rows_per_device)
+  pairs = [_block_pairs(stage) for stage in model.stages]
+  return _forward(model, model.capacities, pairs, grouped)
+
+
+def useful_forward_flops(
+  model: ModelConfig, positions_per_stage: Sequence[float]
+) -> tuple[dict[str, float], ...]:
+  """Forward FLOPs that real positions need, by stage and kind.
+
+  A position attends to as many keys as one of a full row that is one piece
+  does on average; short documents need less, which positions alone cannot
+  tell.
+
+  Args: positions_per_stage: real positions, stage 1 first, of any amount of
+    data (a row, a step, a run).
+  Raises: ValueError where there is not one number per stage.
+  """
+  if len(positions_per_stage) != model.num_stages:
+    raise ValueError(
+      f"{len(positions_per_stage)} position counts were given for a model of "
+      f"{model.num_stages} stages; give one per stage, stage 1 first."
+    )
+  pairs = [
+    n * _causal_pairs(stage) / stage.capacity
+    for n, stage in zip(positions_per_stage, model.stages, strict=True)
+  ]
+  return _forward(model, positions_per_stage, pairs, positions_per_stage)
+
+
+def _total(stages: Sequence[dict[str, float]]) -> float:
+  return sum(sum(kinds.values()) for kinds in stages)
+
+
+def train_flops_per_row(model: ModelConfig, rows_per_device: int = 1) -> float:
+  """Padded FLOPs of a row's forward and backward pass; remat not counted."""
+  return 3 * _total(padded_forward_flops(model, rows_per_device))
+
+
+def useful_train_flops(
+  model: ModelConfig, positions_per_stage: Sequence[float]
+) -> float:
+  """Useful FLOPs of forward and backward over these real positions."""
+  return 3 * _total(useful_forward_flops(model, positions_per_stage))
+
+
+def remat_flops_per_row(model: ModelConfig) -> float:
+  """Padded FLOPs of a row that the backward pass computes once more."""
+  again = {
+    "none": (),
+    "dots": ("scores",),  # products with a batch dim are not kept
+    "full": ("projections", "scores", "ffn"),
+  }
+  forward = padded_forward_flops(model)
+  return sum(
+    kinds[kind]
+    for stage, kinds in zip(model.stages, forward, strict=True)
+    for kind in again[stage.remat]
+  )
+
+
+# ----- memory ---------------------------------------------------------------
+
+
+def _itemsize(dtype: str) -> int:
+  return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def activation_bytes(model: ModelConfig) -> tuple[int, ...]:
+  """Rough bytes one row keeps for the backward pass, by stage.
+
+  Counts the large arrays a block saves, by its remat policy; XLA may fuse some
+  away or keep a few more.
+  """
+  size = _itemsize(model.dtype)
+  result = []
+  for i, stage in enumerate(model.stages):
+    L, D, F = stage.capacity, stage.dim, stage.ffn
+    qkv = (stage.num_heads + 2 * stage.kv_heads) * stage.head_dim
+    values = {
+      "none": 5 * D + 2 * qkv + 4 * F,
+      "dots": 3 * D + qkv + 2 * F,
+      "full": D,
+    }[stage.remat]
+    per_layer = L * values * size
+    if stage.remat == "none":  # scores float32, weights in the compute dtype
+      per_layer += _block_pairs(stage) * stage.num_heads * (4 + size)
+    total = _layers(model, i) * per_layer
+    if i == 0:
+      total += L * model.vocab_size * 4 * 2  # logits and their gradient
+    result.append(total)
+  return tuple(result)
+
+
+def kv_cache_bytes(model: ModelConfig) -> tuple[int, ...]:
+  """Bytes of keys and values per generated row, by stage, at full length."""
+  result = []
+  for i, stage in enumerate(model.stages):
+    length = stage.capacity
+    if stage.window is not None:
+      length = min(stage.window, length)
+    width = 2 * stage.kv_heads * stage.head_dim
+    result.append(_layers(model, i) * width * length * _itemsize(model.dtype))
+  return tuple(result)
+
+
+# ----- the report -----------------------------------------------------------
+
+
+def report(
+  model: ModelConfig, positions_per_stage: Sequence[float] | None = None
+) -> dict:
+  """Everything above as one JSON-able dict; the CLI prints it.
+
+  positions_per_stage: real positions of an average row; None = every slot.
+  """
+  if positions_per_stage is None:
+    positions_per_stage = model.capacities
+  counted = parameters(model)
+  padded = padded_forward_flops(model)
+  useful = useful_forward_flops(model, positions_per_stage)
+  activations = activation_bytes(model)
+  cache = kv_cache_bytes(model)
+  row_bytes = positions_per_stage[0]
+  total_parameters = num_parameters(model)
+  weights = total_parameters * _itemsize(model.param_dtype)
+  return {
+    "parameters": total_parameters,
+    "bytes_per_row": row_bytes,
+    "paper_train_flops_per_byte": paper_flops_per_byte(model),
+    "useful_forward_flops_per_byte": _total(useful) / row_bytes,
+    "useful_train_flops_per_byte": 3 * _total(useful) / row_bytes,
+    "padded_forward_flops_per_byte": _total(padded) / row_bytes,
+    "padded_train_flops_per_byte": 3 * _total(padded) / row_bytes,
+    "remat_flops_per_byte": remat_flops_per_row(model) / row_bytes,
+    "useful_over_padded": _total(useful) / _total(padded),
+    "memory_bytes": {
+      "parameters": weights,
+      "gradients": weights,
+      "optimizer": 2 * weights,  # AdamW's two moments
+      "activations_per_row": sum(activations),
+      "kv_cache_per_row": sum(cache),
+    },
+    "stages": [
+      {
+        "capacity": stage.capacity,
+        "positions": positions_per_stage[i],
+        "dim": stage.dim,
+        "num_layers": _layers(model, i),
+        "parameters": counted[i],
+        "padded_forward_flops_per_row": padded[i],
+        "useful_forward_flops_per_row": useful[i],
+        "activation_bytes_per_row": activations[i],
+        "kv_cache_bytes_per_row": cache[i],
+      }
+      for i, stage in enumerate(model.stages)
+    ],
+  }
+
+
+def _short(value: float) -> str:
+  """Four digits and a decimal prefix: 1.324 G."""
+  for prefix in ("", " k", " M", " G", " T"):
+    if abs(value) < 999.95 or prefix == " T":
+      return f"{value:.4g}{prefix}"
+    value /= 1000
+  raise AssertionError("the loop always returns")
+
+
+def table(result: dict) -> str:
+  """A report as text to read."""
+  header = (
+    "stage", "slots", "real", "dim", "blocks", "params", "useful", "padded",
+    "share", "saved",
+  )  # fmt: skip
+  total = sum(
+    sum(s["padded_forward_flops_per_row"].values()) for s in result["stages"]
+  )
+  rows = [header]
+  for number, s in enumerate(result["stages"], start=1):
+    padded = sum(s["padded_forward_flops_per_row"].values())
+    rows.append(
+      (
+        f"{number}",
+        f"{s['capacity']:,}",
+        f"{s['positions']:,.0f}",
+        f"{s['dim']:,}",
+        f"{s['num_layers']}",
+        _short(sum(s["parameters"].values())),
+        _short(sum(s["useful_forward_flops_per_row"].values())),
+        _short(padded),
+        f"{padded / total:.1%}",
+        _short(s["activation_bytes_per_row"]) + "B",
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
+    for row in rows
+  ]
+  lines += ["", "useful, padded: forward FLOPs of a row. saved: for backward."]
+  kinds = {}
+  for s in result["stages"]:
+    for kind, count in s["parameters"].items():
+      kinds[kind] = kinds.get(kind, 0) + count
+  facts = [("parameters", f"{result['parameters']:,}")]
+  facts += [(f"  {kind}", f"{count:,}") for kind, count in kinds.items()]
+  facts.append(("FLOPs per byte, training", ""))
+  for name, key in (
+    ("paper's accounting", "paper_train_flops_per_byte"),
+    ("useful", "useful_train_flops_per_byte"),
+    ("padded", "padded_train_flops_per_byte"),
+    ("repeated by remat", "remat_flops_per_byte"),
+  ):
+    facts.append((f"  {name}", _short(result[key])))
+  facts.append(("useful / padded", f"{result['useful_over_padded']:.3f}"))
+  facts.append(("memory", ""))
+  for name, size in result["memory_bytes"].items():
+    facts.append((f"  {name.replace('_', ' ')}", _short(size) + "B"))
+  width = max(len(name) for name, _ in facts)
+  size = max(len(text) for _, text in facts)
+  lines += [""]
+  lines += [f"{n:<{width}}  {t:>{size}}".rstrip() for n, t in facts]
+  return "\n".join(lines)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+  try:
+    values = [float(part) for part in text.split(",")]
+  except ValueError:
+    values = [0.0]
+  if not all(np.isfinite(value) and value > 0 for value in values):
+    raise ValueError(
+      f"{option}={text!r} must be positive numbers joined by commas."
+    )
+  return values
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m aunet_jax.counts",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="--config=FILE and --config.a.b=VALUE choose and edit the config.",
+    allow_abbrev=False,
+  )
+  parser.add_argument("--json", action="store_true", help="one JSON object")
+  real = parser.add_mutually_exclusive_group()
+  real.add_argument(
+    "--positions",
+    metavar="N,N,…",
+    help="real positions of an average row, one per stage (default: all slots)",
+  )
+  real.add_argument(
+    "--contraction",
+    metavar="K,…",
+    help="bytes per position of stages 2, 3, … in your text; rows are taken "
+    "to be as full as the scarcest stage allows",
+  )
+  args, rest = parser.parse_known_args(argv)
+  try:
+    model = config_lib.parse_flags(rest).model
+    positions = None
+    if args.positions is not None:
+      positions = _numbers(args.positions, "--positions")
+      for n, capacity in zip(positions, model.capacities, strict=False):
+        if n > capacity:
+          raise ValueError(
+            f"--positions: {n:g} do not fit in a stage of {capacity} slots."
+          )
+    elif args.contraction is not None:
+      factors = [1.0, *_numbers(args.contraction, "--contraction")]
+      if len(factors) != model.num_stages:
+        raise ValueError(
+          f"--contraction={args.contraction} has {len(factors) - 1} numbers; "
+          f"the model has {model.num_stages - 1} stages below the bytes."
+        )
+      row = min(np.multiply(factors, model.capacities))
+      positions = [float(row / factor) for factor in factors]
+    result = report(model, positions)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  print(json.dumps(result) if args.json else table(result))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
