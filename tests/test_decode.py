@@ -1,0 +1,304 @@
+"""Decoding byte by byte gives the logits of the parallel pass.
+
+Small widths, windows shorter than the texts, and every part that could differ:
+number of stages, upsampling, skip connections, grouped heads, schedules.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aunet_jax import decode, prefill, sharding, step
+from aunet_jax.aunet import AUNet
+from aunet_jax.config import ModelConfig, StageConfig
+from aunet_jax.splitting import Splitter
+from aunet_jax.state import init_params
+
+# float32 sums in another order; the logits are of order 1.
+TOLERANCE = 1e-4
+PREC = "highest"
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # each runs once or twice
+PROMPTS = [
+  b"The cat sat on the mat, 12 times.",
+  "déjà vé".encode()[:-1],  # ends inside a character
+  "自回归模型 從字節".encode()[:-2],
+  "السلام عليكم".encode(),
+  b"def f(x):\n    return x\n",
+  b"",
+  b"          ",
+  b"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",  # one word, many offsets
+]
+CONTINUATION = " and the dog, à 7 h.\nЕщё раз".encode()
+
+
+make_splitter = functools.cache(Splitter)  # one `step` to compile for
+
+
+def make_model(num_stages, **changes):
+  """A model whose norms and tables are not at their initial values."""
+  stage_changes = {
+    key: changes.pop(key) for key in ("skip", "num_kv_heads") if key in changes
+  }
+  widths, windows = [32, 32, 64, 64], [7, 5, 4, 3]
+  config = ModelConfig(
+    stages=tuple(
+      StageConfig(
+        dim=widths[i],
+        num_layers=2 if i == 0 else 1,
+        head_dim=8,
+        window=windows[i],
+        capacity=64,
+        ffn_dim=48,
+        rule=None if i == 0 else f"word@{2 ** (i - 1)}",
+        **stage_changes,
+      )
+      for i in range(num_stages)
+    ),
+    dtype="float32",
+    num_offsets=4,
+    **changes,
+  )
+
+  return config, random_params(config)
+
+
+def random_params(config):
+  """Drawn by NumPy: compiling the model's own initialisers takes seconds."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, x):
+    if path[-1].key == "scale":
+      return 1 + 0.2 * rng.normal(size=x.shape).astype(np.float32)
+    return 0.2 * rng.normal(size=x.shape).astype(np.float32)
+
+  boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  shapes = sharding.unbox(boxed)
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.partial(
+  jax.jit, static_argnames="config", compiler_options=FAST_COMPILE
+)
+def apply(params, bytes_BL, levels_BL, documents_BL, config):
+  with jax.default_matmul_precision(PREC):
+    return AUNet(config).apply(
+      {"params": params}, bytes_BL, levels_BL, documents_BL
+    )
+
+
+def follow(carry, logits_CV, count_C, rows_C):
+  """Chooses given bytes and keeps the logits."""
+  forced_BT, logits_BTV = carry
+  byte_C = forced_BT.at[rows_C, count_C].get(mode="clip")
+  logits_BTV = logits_BTV.at[rows_C, count_C].set(logits_CV, mode="drop")
+  zero_C = jnp.zeros(byte_C.shape, jnp.float32)
+  return (forced_BT, logits_BTV), byte_C, zero_C, zero_C > 0
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("config", "rings", "schedule", "splitter_step"),
+  compiler_options=FAST_COMPILE,
+)
+def decode_forced(
+  params, rows, forced_BT, config, rings, schedule, splitter_step
+):
+  """Prompt logits (B, L, V) and decoded logits (B, T, V)."""
+  B, T = forced_BT.shape
+  with jax.default_matmul_precision(PREC):
+    weights = step.make_weights(params, config)
+    prefilled, prompt_logits = prefill.prefill(
+      params,
+      weights,
+      *rows[:4],
+      config=config,
+      rings=rings,
+    )
+    choice = (forced_BT, jnp.zeros((B, T, config.vocab_size)))
+    state = decode.start(
+      prefilled,
+      rows,
+      jnp.full((B,), T),
+      choice,
+      decode.num_phases(config),
+    )
+    state, output = decode.run(
+      weights,
+      state,
+      jnp.int32(100 * T),
+      config=config,
+      splitter_step=splitter_step,
+      choose=follow,
+      schedule=schedule,
+      max_turns=T,
+    )
+  return prompt_logits, state.choice[1], output, state
+
+
+def check(config, params, prompts, forced_BT, schedule, capacities=None):
+  """Compares with the parallel pass over each prompt and what follows it."""
+  splitter = make_splitter(config.rules)
+  N, B, T = config.num_stages, len(prompts), forced_BT.shape[1]
+  plan = decode.make_schedule(schedule, B, config)
+  rows = prefill.make_rows(prompts, splitter, N)
+  prompt_logits, logits, output, state = decode_forced(
+    params,
+    rows,
+    forced_BT,
+    config=prefill.with_capacities(config, capacities or rows.capacities),
+    rings=prefill.ring_sizes(config, 128),
+    schedule=plan,
+    splitter_step=splitter.step,
+  )
+  texts = [
+    prompt + bytes(forced_BT[b].astype(np.uint8))
+    for b, prompt in enumerate(prompts)
+  ]
+  whole = prefill.make_rows(texts, splitter, N)
+  L = whole.bytes_BL.shape[1]
+  expected = apply(
+    params,
+    *whole[:3],
+    config=prefill.with_capacities(config, capacities or (L,) * N),
+  )
+  assert state.done_B.all()
+  for b, prompt in enumerate(prompts):
+    size = len(prompt)
+    np.testing.assert_allclose(
+      prompt_logits[b, : size + 1], expected[b, : size + 1], atol=TOLERANCE
+    )
+    np.testing.assert_allclose(
+      logits[b], expected[b, size : size + T], atol=TOLERANCE
+    )
+    np.testing.assert_array_equal(
+      output.level_BT[b], whole.levels_BL[b, size + 1 : size + T + 1]
+    )
+  return state, plan, whole
+
+
+CASES = [
+  (2, dict(upsampling="simple"), "any"),
+  (3, dict(upsampling="repeat", skip=False), "sync"),
+  (4, dict(num_kv_heads=2), "half"),
+]
+SLOW_CASES = [
+  (num_stages, dict(upsampling=upsampling, parametric=parametric), schedule)
+  for num_stages, schedule in ((2, "sync"), (3, "pack"), (4, "any"))
+  for upsampling in ("multi_linear", "repeat", "simple")
+  for parametric in (True, False)
+]
+SLOW_CASES += [
+  (1, dict(), "any"),
+  (4, dict(skip=False), "any"),
+  (2, dict(final_norm=False), "pack"),
+]
+ALL_CASES = [pytest.param(*case) for case in CASES]
+ALL_CASES += [
+  pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES
+]
+
+
+@pytest.mark.parametrize("num_stages, changes, schedule", ALL_CASES)
+def test_decoding_equals_the_forward_pass(num_stages, changes, schedule):
+  config, params = make_model(num_stages, **changes)
+  forced_BT = np.stack(
+    [np.roll(np.frombuffer(CONTINUATION, np.uint8), 5 * b) for b in range(8)]
+  ).astype(np.int32)
+  state, plan, whole = check(config, params, PROMPTS, forced_BT, schedule)
+  # Work: every boundary of a generated byte once (the last byte's stay
+  # undone), and no empty row-slot in "pack".
+  if num_stages > 1:
+    deepest = num_stages - 1
+    done = int(state.rows_P[deepest])
+    from_prompt = np.array([len(prompt) + 1 for prompt in PROMPTS])
+    boundaries = sum(
+      int((whole.levels_BL[b, first:] == deepest).sum())
+      for b, first in enumerate(from_prompt)
+    )
+    last = sum(
+      int(whole.levels_BL[b, first + forced_BT.shape[1] - 1] == deepest)
+      for b, first in enumerate(from_prompt)
+    )
+    assert boundaries - last <= done <= boundaries
+    if schedule in ("half", "pack"):
+      slots = int(state.calls_P[deepest]) * plan.block
+      assert slots <= 1.25 * boundaries
+
+
+TEXT = st.text(" \n.a1éя中", max_size=7).map(str.encode)
+RAW = st.lists(
+  st.sampled_from(list(b" \na1.\xc3\xa9\xe4\xb8\xff")), max_size=15
+).map(bytes)
+
+
+@functools.cache
+def three_stages():
+  return make_model(3)
+
+
+@given(
+  prompts=st.lists(
+    st.tuples(st.one_of(TEXT, RAW), st.integers(0, 15)), min_size=3, max_size=3
+  ),
+  forced=st.binary(min_size=48, max_size=48),
+)
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_any_bytes_decode_as_the_forward_pass(prompts, forced):
+  config, params = three_stages()
+  texts = [(text * 8)[:size] for text, size in prompts]
+  # One shape, so one program: prompts in rows of 16, whole texts in 32.
+  forced_BT = np.frombuffer(forced, np.uint8).reshape(3, 16).astype(np.int32)
+  forced_BT[forced_BT > 200] = ord(" ")  # words end often
+  check(config, params, texts, forced_BT, "pack", capacities=(64, 64, 64))
+
+
+def test_a_ring_keeps_the_last_positions():
+  history_BSGK = jnp.arange(2 * 9).reshape(2, 9, 1, 1)
+  ring_BGWK = prefill._ring(history_BSGK, jnp.array([9, 2]), 4)
+  # Row 0 holds positions 5-8 at slots 1, 2, 3, 0; row 1 has only 0 and 1.
+  assert ring_BGWK[0, 0, :, 0].tolist() == [8, 5, 6, 7]
+  assert ring_BGWK[1, 0, :2, 0].tolist() == [9, 10]
+
+
+def test_rows_count_every_stage():
+  splitter = Splitter(["word@1", "word@2"])
+  rows = prefill.make_rows([b"one two three", b""], splitter, 3)
+  levels = splitter.levels(b"one two three")
+  assert rows.levels_BL[0, 1:14].tolist() == levels.tolist()
+  assert rows.counts_BN[0].tolist() == [
+    14,
+    1 + int((levels >= 1).sum()),
+    1 + int((levels >= 2).sum()),
+  ]
+  assert rows.counts_BN[1].tolist() == [1, 1, 1]
+  assert rows.offset_BN[1].tolist() == [0, 0]
+  assert rows.offset_BN[0, 0] == 13 - (1 + int(np.flatnonzero(levels)[-1]))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8, 64])
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_pack_always_finds_a_full_block(batch, num_stages):
+  config, _ = make_model_config(num_stages), None
+  block = decode.make_schedule("pack", batch, config).block
+  # However rows spread over the phases, one has at least `block` of them.
+  assert -(-batch // decode.num_phases(config)) == block
+
+
+def make_model_config(num_stages):
+  stage = dict(dim=8, num_layers=1, head_dim=8, window=4, capacity=8)
+  return ModelConfig(
+    stages=(
+      StageConfig(**stage),
+      *(StageConfig(**stage, rule="word@1") for _ in range(num_stages - 1)),
+    )
+  )
+
+
+def test_an_unknown_schedule_is_refused():
+  with pytest.raises(ValueError, match="any, sync, half, pack"):
+    decode.make_schedule("fast", 2, make_model_config(2))
