@@ -21,11 +21,16 @@ TEXTS = [
 ]
 
 
+def new_params(config: config_lib.ModelConfig, key: jax.Array) -> dict:
+  init = jax.jit(state.init_params, static_argnums=0)
+  return sharding.unbox(init(config, key))
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """A workdir with an untrained tiny model."""
   config = config_lib.parse_flags(["--config=tests/tiny.py"])
-  params = sharding.unbox(state.init_params(config.model, jax.random.key(3)))
+  params = new_params(config.model, jax.random.key(3))
   folder = tmp_path_factory.mktemp("run")
   checkpoint.save_params(folder, config, params)
   return folder
@@ -46,9 +51,10 @@ def nats_of_pieces(loaded, text, row_length, model=None) -> float:
   targets = np.concatenate([np.frombuffer(text, np.uint8), [config_lib.EOS]])
   levels = np.concatenate([[1], levels])
   total = 0.0
+  apply = jax.jit((model or loaded.model).apply)
   for start in range(0, len(inputs), row_length):
     span = slice(start, start + row_length)
-    logits_BLV = (model or loaded.model).apply(
+    logits_BLV = apply(
       {"params": loaded.params}, inputs[None, span], levels[None, span]
     )
     total += float(loss.cross_entropy(logits_BLV, targets[None, span]).sum())

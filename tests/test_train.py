@@ -121,6 +121,11 @@ def batch(corpus) -> dict:
   }
 
 
+def new_params(config: config_lib.ModelConfig, key: jax.Array) -> dict:
+  init = jax.jit(state.init_params, static_argnums=0)
+  return sharding.unbox(init(config, key))
+
+
 def step_on(mesh_config, config, batch, num_steps=1):
   """Losses and final parameters of some steps on one batch."""
   sizes = [mesh_config.data, mesh_config.fsdp, mesh_config.tensor]
@@ -147,9 +152,7 @@ def step_on(mesh_config, config, batch, num_steps=1):
 def test_step_is_adamw_on_the_mean_over_all_targets(batch):
   config = tiny()
   tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
-  params = sharding.unbox(
-    state.init_params(config.model, jax.random.key(config.seed))
-  )
+  params = new_params(config.model, jax.random.key(config.seed))
   model = AUNet(config.model)
 
   def mean_nats(p):
@@ -162,8 +165,8 @@ def test_step_is_adamw_on_the_mean_over_all_targets(batch):
     )[..., 0]
     return -(picked_BL * batch["weights"]).sum() / batch["weights"].sum()
 
-  value, grads = jax.value_and_grad(mean_nats)(params)
-  updates, _ = tx.update(grads, tx.init(params), params)
+  value, grads = jax.jit(jax.value_and_grad(mean_nats))(params)
+  updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
   expected = optax.apply_updates(params, updates)
   losses, got = step_on(ONE_DEVICE, config, batch)
   assert losses[0] == pytest.approx(float(value), rel=1e-5)
@@ -219,7 +222,7 @@ def test_no_large_parameter_is_replicated_by_accident():
 def test_a_step_that_is_not_finite_changes_nothing(batch):
   config = tiny()
   tx = optimizer.make_optimizer(config.optimizer, 10)
-  params = sharding.unbox(state.init_params(config.model, jax.random.key(0)))
+  params = new_params(config.model, jax.random.key(0))
   params["head"] = params["head"].at[0, 0].set(jnp.inf)
   zero = jnp.zeros((), jnp.int32)
   before = state.TrainState(zero, params, tx.init(params), zero, zero)
@@ -392,7 +395,7 @@ def test_a_model_without_training_state_trains_on_anything(
   checkpoint.save_params(
     tmp_path / "run",
     config,
-    sharding.unbox(state.init_params(config.model, jax.random.key(0))),
+    new_params(config.model, jax.random.key(0)),
   )
   assert run(corpus, tmp_path / "run", "--config.model.stages[1].dim=80") == 2
   assert "model.stages[1].dim" in capsys.readouterr().err
