@@ -202,7 +202,7 @@ def _set(arrays: tuple, i: int, array) -> tuple:
   return (*arrays[:i], array, *arrays[i + 1 :])
 
 
-def _byte_phase(turn: Turn, splitter_step, choose, state, output):
+def _byte_phase(turn: Turn, splitter_step, choose, levels, state, output):
   """Phase 0: predict, choose and read in one byte."""
   weights, config = turn.weights, turn.config
   N = config.num_stages
@@ -212,6 +212,8 @@ def _byte_phase(turn: Turn, splitter_step, choose, state, output):
     state.choice, step.logits(weights, config, h_CD), count_C, turn.rows_C
   )
   splitter_CZ, level_C = splitter_step(turn.take(state.splitter_BZ), byte_C)
+  if levels == "head":
+    level_C = step.predicted_level(weights, config, h_CD, byte_C)
   stop_C |= count_C + 1 >= turn.take(state.limit_B)
   at_C = turn.take(output.count_B)
 
@@ -262,7 +264,7 @@ def _expand_phase(turn: Turn, i, state, output):
   return turn.leave(state, i, turn.expand(state, i)), output
 
 
-def _phases(weights, config, splitter_step, choose) -> list[Callable]:
+def _phases(weights, config, splitter_step, choose, levels) -> list[Callable]:
   """By number; (state, output, rows_C, keys, values) to the first two and
   the writes of every stack."""
   N = config.num_stages
@@ -275,7 +277,7 @@ def _phases(weights, config, splitter_step, choose) -> list[Callable]:
 
     return run_phase
 
-  phases = [phase(_byte_phase, splitter_step, choose)]
+  phases = [phase(_byte_phase, splitter_step, choose, levels)]
   if N > 1:
     middle = range(2, N)
     phases += [phase(_contract_phase, i) for i in middle]
@@ -332,13 +334,16 @@ def run(
   choose: Choose,
   schedule: Schedule,
   max_turns: int,
+  levels: str = "rule",
 ) -> tuple[State, Output]:
   """Generates until every row is done or `num_turns` phases have run.
 
   Args: num_turns: int32 scalar, at most `max_turns` (static, the size of the
-    output). choose: picks a byte per row; see `sampling.make_choose`.
+    output). choose: picks a byte per row; see `sampling.make_choose`. levels:
+    what gives a chosen byte its level: the splitting "rule" or the model's
+    level "head".
   """
-  phases = _phases(weights, config, splitter_step, choose)
+  phases = _phases(weights, config, splitter_step, choose, levels)
   P = len(phases)
   B = state.done_B.shape[0]
   output = Output(

@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add = parser.add_argument
   add("--workdir", required=True, help="of a training run, or a conversion")
-  add("--prompt", default="", help="text to continue; none starts a document")
+  add("--prompt", help="text to continue; left out: starts a document")
   add("--max_bytes", type=int, default=400, help="bytes to generate at most")
   add(
     "--temperature",
@@ -74,6 +74,13 @@ def make_parser() -> argparse.ArgumentParser:
     type=int,
     help="go on past the length the model was trained on, up to this many",
   )
+  add(
+    "--levels",
+    choices=("rule", "head"),
+    default="rule",
+    help="what cuts the generated text into stages: the splitting rule, or "
+    "the level head of a model trained with one",
+  )
   add("--int8", action="store_true", help="keep matrices as 8-bit integers")
   add("--json", action="store_true", help="one JSON object per sample instead")
   add("--interactive", action="store_true", help="prompt again and again")
@@ -112,6 +119,7 @@ def _answer(generator: Generator, prompt: bytes, args, settings) -> str:
     num_samples=args.samples,
     seed=args.seed,
     stop=[text.replace("\\n", "\n").encode() for text in args.stop],
+    levels=args.levels,
     max_positions=args.max_positions,
     on_text=on_text if streams else None,
   )
@@ -149,6 +157,7 @@ def _interact(generator: Generator, args, settings) -> None:
         settings=settings,
         seed=args.seed,
         stop=[text.replace("\\n", "\n").encode() for text in args.stop],
+        levels=args.levels,
         max_positions=args.max_positions,
         on_text=lambda row, text: _write(text),
       )
@@ -174,6 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if args.max_bytes < 1:
       raise ValueError(f"max_bytes={args.max_bytes} must be at least 1.")
+    if args.prompt == "":
+      raise ValueError(
+        "--prompt is empty: give it a text, or leave it out to write a "
+        "document from its start."
+      )
+    args.prompt = args.prompt or ""
     generator = Generator.from_workdir(args.workdir, int8=args.int8)
     if args.interactive:
       _interact(generator, args, settings)

@@ -147,6 +147,7 @@ class Interval:
     saved = saved or {}
     self.bytes_seen = saved.get("bytes_seen", 0)
     self.nats = saved.get("nats", 0.0)
+    self.level_nats = saved.get("level_nats", 0.0)
     self.targets = saved.get("targets", 0.0)
     self.bytes = saved.get("bytes", 0)
     self.positions = saved.get("positions")
@@ -166,12 +167,18 @@ class Interval:
     )
     if math.isfinite(metrics["nats"]):  # a skipped step has no loss to average
       self.nats += float(metrics["nats"])
+      self.level_nats += float(metrics["level_nats"])
       self.targets += float(metrics["targets"])
       self.bytes += int(metrics["bytes"])
 
   def row(self, config: Config, step: int, metrics: dict) -> dict:
     """The logged numbers that depend on nothing but data and seed."""
     rows = config.train.batch_size * self.steps
+    level_loss = {}
+    if config.model.level_loss_weight > 0:
+      level_loss["level_loss_nats"] = (
+        self.level_nats / self.targets if self.targets else None
+      )
     return {
       "step": step,
       # None (null) where no step of the interval had a finite loss.
@@ -179,6 +186,7 @@ class Interval:
       "bits_per_byte": (
         loss.bits_per_byte(self.nats, self.bytes) if self.bytes else None
       ),
+      **level_loss,
       "bytes_seen": self.bytes_seen,
       "learning_rate": float(
         optimizer.learning_rate_schedule(
@@ -200,6 +208,6 @@ class Interval:
     }
 
   def reset(self) -> None:
-    self.nats = self.targets = 0.0
+    self.nats = self.level_nats = self.targets = 0.0
     self.bytes = self.steps = 0
     self.positions = None

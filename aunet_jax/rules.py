@@ -252,6 +252,12 @@ def make_rule(name: str) -> Rule:
   elif base in RULES:
     factory = RULES[base]
   else:
+    if base == "level_head":
+      raise ValueError(
+        'splitting rule "level_head": a model\'s level head splits only what '
+        "the model writes, with --levels=head of aunet_jax.generate. It gives "
+        "no levels for a text to train on: those must exist before the model."
+      )
     close = difflib.get_close_matches(base, RULES, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(

@@ -69,6 +69,9 @@ def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
     "head": matrix(params["head"]),
     "norm": params["norm"]["scale"] if config.final_norm else None,
   }
+  if config.level_loss_weight > 0:
+    weights["level_norm"] = params["level_norm"]["scale"]
+    weights["level_head"] = cast(params["level_head"])
   for name, i in stack_names(config).items():
     blocks = params[name]["blocks"]
     layers = range(config.stages[i].num_layers)
@@ -267,3 +270,11 @@ def logits(weights, config, h_CD):
   if config.final_norm:
     h_CD = _rms_norm(h_CD, weights["norm"], config.norm_eps)
   return matmul(h_CD, weights["head"], jnp.float32)
+
+
+def predicted_level(weights, config, h_CD, byte_C):
+  """The level head's choice for a byte, from the state that predicted it."""
+  h_CD = jnp.concatenate([h_CD, weights["embed"][byte_C]], axis=-1)
+  h_CD = _rms_norm(h_CD, weights["level_norm"], config.norm_eps)
+  level_logits_CP = matmul(h_CD, weights["level_head"], jnp.float32)
+  return jnp.argmax(level_logits_CP, axis=-1).astype(jnp.int32)

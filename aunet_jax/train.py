@@ -68,14 +68,15 @@ def loss_sums(
 ) -> tuple[jax.Array, jax.Array]:
   """This batch's share of the loss of a step with `num_targets` targets.
 
-  Returns: (objective, nats): both summed over positions; the objective is
-    divided by num_targets and includes the level head's loss where it exists.
+  Returns: (objective, (nats, level_nats)): sums over positions of the bytes'
+    loss and of the level head's, 0 where there is none; the objective is the
+    weighted sum of both, divided by num_targets.
   """
   inputs = (batch["bytes"], batch["levels"], batch["documents"])
   weight = model.config.level_loss_weight
   if weight == 0:
     logits_BLV = model.apply({"params": params}, *inputs)
-    level_nats = 0.0
+    level_nats = jnp.float32(0)
   else:
     logits_BLV, level_logits_BLP = model.apply(
       {"params": params}, *inputs, batch["targets"]
@@ -87,7 +88,7 @@ def loss_sums(
     level_nats = (nats_BL * known_BL * batch["weights"]).sum()
   nats_BL = loss.cross_entropy(logits_BLV, batch["targets"])
   nats = (nats_BL * batch["weights"]).sum()
-  return (nats + weight * level_nats) / num_targets, nats
+  return (nats + weight * level_nats) / num_targets, (nats, level_nats)
 
 
 def make_train_step(
@@ -108,17 +109,19 @@ def make_train_step(
     divisor = jnp.maximum(num_targets, 1.0)  # a batch of padding alone
 
     def micro(carry, microbatch):
-      (_, nats), grads = grad(model, train_state.params, microbatch, divisor)
-      return jax.tree.map(jnp.add, carry, (nats, grads)), None
+      (_, sums), grads = grad(model, train_state.params, microbatch, divisor)
+      return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
     if num_micro == 1:
-      (_, nats), grads = grad(model, train_state.params, batch, divisor)
+      (_, sums), grads = grad(model, train_state.params, batch, divisor)
     else:
       zeros = jax.tree.map(jnp.zeros_like, train_state.params)
-      (nats, grads), _ = jax.lax.scan(
-        micro, (jnp.float32(0), zeros), _microbatches(batch, num_micro)
+      nothing = (jnp.float32(0), jnp.float32(0))
+      (sums, grads), _ = jax.lax.scan(
+        micro, (nothing, zeros), _microbatches(batch, num_micro)
       )
 
+    nats, level_nats = sums
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(
       grads, train_state.opt_state, train_state.params
@@ -143,6 +146,7 @@ def make_train_step(
     )
     step_metrics = {
       "nats": nats,
+      "level_nats": level_nats,
       "targets": num_targets,
       "bytes": num_bytes,
       "positions": count_positions(config.model, batch),

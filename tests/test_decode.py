@@ -91,6 +91,16 @@ def apply(params, bytes_BL, levels_BL, documents_BL, config):
     )
 
 
+@functools.partial(
+  jax.jit, static_argnames="config", compiler_options=FAST_COMPILE
+)
+def apply_level_head(params, bytes_BL, levels_BL, targets_BL, config):
+  with jax.default_matmul_precision(PREC):
+    return AUNet(config).apply(
+      {"params": params}, bytes_BL, levels_BL, None, targets_BL
+    )
+
+
 def follow(carry, logits_CV, count_C, rows_C):
   """Chooses given bytes and keeps the logits."""
   forced_BT, logits_BTV = carry
@@ -102,11 +112,18 @@ def follow(carry, logits_CV, count_C, rows_C):
 
 @functools.partial(
   jax.jit,
-  static_argnames=("config", "rings", "schedule", "splitter_step"),
+  static_argnames=("config", "rings", "schedule", "splitter_step", "levels"),
   compiler_options=FAST_COMPILE,
 )
 def decode_forced(
-  params, rows, forced_BT, config, rings, schedule, splitter_step
+  params,
+  rows,
+  forced_BT,
+  config,
+  rings,
+  schedule,
+  splitter_step,
+  levels="rule",
 ):
   """Prompt logits (B, L, V) and decoded logits (B, T, V)."""
   B, T = forced_BT.shape
@@ -136,6 +153,7 @@ def decode_forced(
       choose=follow,
       schedule=schedule,
       max_turns=T,
+      levels=levels,
     )
   return prompt_logits, state.choice[1], output, state
 
@@ -228,6 +246,47 @@ def test_decoding_equals_the_forward_pass(num_stages, changes, schedule):
     if schedule in ("half", "pack"):
       slots = int(state.calls_P[deepest]) * plan.block
       assert slots <= 1.25 * boundaries
+
+
+def test_the_level_head_cuts_what_is_written():
+  config, params = make_model(3, level_loss_weight=0.5)
+  splitter = make_splitter(config.rules)
+  prompts = PROMPTS[:4]
+  forced_BT = np.stack(
+    [np.roll(np.frombuffer(CONTINUATION, np.uint8), 5 * b) for b in range(4)]
+  ).astype(np.int32)
+  T = forced_BT.shape[1]
+  rows = prefill.make_rows(prompts, splitter, 3)
+  _, logits, output, _ = decode_forced(
+    params,
+    rows,
+    forced_BT,
+    config=prefill.with_capacities(config, rows.capacities),
+    rings=prefill.ring_sizes(config, 128),
+    schedule=decode.make_schedule("pack", 4, config),
+    splitter_step=splitter.step,
+    levels="head",
+  )
+  assert len(np.unique(output.level_BT)) == 3
+  for b, prompt in enumerate(prompts):
+    # The model's parallel pass over the text as the head cut it gives the same
+    # logits, and its head the same levels.
+    first = len(prompt)
+    bytes_L = np.array([*[256], *prompt, *forced_BT[b]], np.int32)
+    levels_L = np.array([2, *splitter.levels(prompt), *output.level_BT[b]])
+    expected, level_logits = apply_level_head(
+      params,
+      bytes_L[None, :-1],
+      levels_L[None, :-1],
+      bytes_L[None, 1:],
+      config=prefill.with_capacities(config, (128,) * 3),
+    )
+    np.testing.assert_allclose(
+      logits[b], expected[0, first : first + T], atol=TOLERANCE
+    )
+    np.testing.assert_array_equal(
+      output.level_BT[b], level_logits[0, first:].argmax(axis=-1)
+    )
 
 
 TEXT = st.text(" \n.a1éя中", max_size=7).map(str.encode)

@@ -372,6 +372,8 @@ def test_settings_out_of_range_are_refused(change, message):
     (dict(seed=-1), "seed=-1"),
     (dict(stop=[b""]), "stop string"),
     (dict(schedule="fast"), "schedule='fast'"),
+    (dict(levels="rules"), "levels='rules'"),
+    (dict(levels="head"), "level_loss_weight=0"),
   ],
 )
 def test_requests_out_of_range_are_refused(change, message):
@@ -422,6 +424,13 @@ def test_the_command_prints_the_prompt_and_its_continuation(workdir):
   record = json.loads(line)
   assert "ab c" + record["text"] + "\n" == text
   assert len(record["bytes"]) == len(record["logprobs"]) == 24
+
+
+def test_an_empty_prompt_is_refused_and_none_starts_a_document(workdir):
+  status, _, error = command(f"--workdir={workdir}", "--prompt=")
+  assert status == 2 and error.startswith("error: --prompt is empty")
+  status, text, _ = command(f"--workdir={workdir}", "--max_bytes=8")
+  assert status == 0 and text.strip()
 
 
 def test_interactive_goes_on_until_the_input_ends(workdir):

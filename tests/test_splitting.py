@@ -347,6 +347,7 @@ def test_a_step_is_at_most_three_look_ups():
   "names, message",
   [
     (["wrod@1"], "Did you mean 'word'"),
+    (["level_head"], "--levels=head"),
     (["word@0"], "a whole number from 1"),
     (["word@two"], "a whole number from 1"),
     (["word@"], "a whole number from 1"),

@@ -25,6 +25,7 @@ from aunet_jax import (
   checkpoint,
   data,
   loss,
+  metrics,
   optimizer,
   sharding,
   startup,
@@ -33,6 +34,7 @@ from aunet_jax import (
 )
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import AUNet
+from aunet_jax.generator import Generator
 from aunet_jax.splitting import Splitter
 
 ROOT = Path(__file__).parents[1]
@@ -267,9 +269,16 @@ def test_level_targets_are_the_levels_of_the_next_bytes():
   np.testing.assert_array_equal(level_BL[0, :4], [0, 1, 0, 0])
 
 
-def test_the_level_head_trains(corpus, tmp_path):
+def test_the_level_head_trains_and_writes(corpus, tmp_path):
   flags = ("--config.model.level_loss_weight=0.5", "--config.train.num_steps=4")
   assert run(corpus, tmp_path / "run", *flags) == 0
+  logged = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+  losses = [row["level_loss_nats"] for row in logged if "loss_nats" in row]
+  assert len(losses) == 2 and 0 < losses[1] < losses[0] < 2
+  writer = Generator.from_workdir(tmp_path / "run")
+  for levels in ("rule", "head"):
+    (row,) = writer.generate([b"The "], max_bytes=8, levels=levels)
+    assert len(row.levels) == len(row.data)
 
 
 def test_schedules_meet_their_ends():
@@ -352,7 +361,7 @@ def test_kill_9_at_any_step_then_the_same_command_repeats_every_loss(
 def test_rows_past_the_restored_step_and_torn_lines_are_removed(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
-  train.metrics.drop_rows_after(path, 4)
+  metrics.drop_rows_after(path, 4)
   assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 
@@ -455,9 +464,10 @@ def test_two_runs_do_not_share_a_workdir(finished, capsys):
 
 def test_an_interval_without_a_finite_loss_is_null():
   config = tiny()
-  interval = train.metrics.Interval()
+  interval = metrics.Interval()
   step_metrics = {
     "nats": np.float32("nan"),
+    "level_nats": np.float32(0),
     "targets": np.float32(10),
     "bytes": np.int32(9),
     "positions": np.array([10, 3]),
