@@ -16,7 +16,10 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import pydoc_data.topics
+import shlex
+import sys
 import time
 
 import jax
@@ -64,6 +67,15 @@ MODELS = {
     stage(2048, 25, 8192, 1664, "word@1", head_dim=128),
   ),
 }
+
+
+def machine() -> dict:
+  return {
+    "command": shlex.join(["python", *sys.argv]),
+    "device": jax.devices()[0].device_kind,
+    "cpu_count": os.cpu_count(),
+    "jax": jax.__version__,
+  }
 
 
 def num_params(config: ModelConfig) -> int:
@@ -261,7 +273,7 @@ def bench_speed(args, config, batch):
     "batch": batch,
     "prompt_bytes": args.prompt_bytes,
     "max_bytes": args.max_bytes,
-    "device": jax.devices()[0].device_kind,
+    **machine(),
     "boundaries_per_byte": bench.boundaries_per_byte(),
     "schedules": {},
   }
@@ -313,6 +325,7 @@ def bench_flatness(args, config):
     json.dumps(
       {
         "model": args.model,
+        **machine(),
         "milliseconds_per_byte_at_200": 1e3 * times[200] / size,
         "milliseconds_per_byte_at_8000": 1e3 * times[8000] / size,
         "ratio": times[8000] / times[200],
