@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -267,7 +268,13 @@ def main() -> None:
   args = parser.parse_args()
   args.workers = [int(count) for count in args.workers.split(",")]
   inputs = args.input or ["python"]
-  result = {"cores": os.cpu_count(), "fill": [], "speed": [], "memory": None}
+  result = {
+    "command": shlex.join(["python", *sys.argv]),
+    "cores": os.cpu_count(),
+    "fill": [],
+    "speed": [],
+    "memory": None,
+  }
   for path in inputs:
     files, _ = sources.list_sources(path)
     documents = prepare.sample(files, "text", args.max_bytes)
