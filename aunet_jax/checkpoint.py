@@ -3,13 +3,16 @@
 A workdir holds `config.json` (the Config) and `checkpoints/STEP/` with three
 items: `params`, `optimizer` (optimizer state and step counters) and `host`
 (a JSON dict: data iterator state, byte counts, splitting-rule hash). A
-checkpoint becomes visible only when Orbax has committed all of it.
+checkpoint becomes visible only when Orbax has committed all of it, with the
+manifest that tells later whether its files are still as they were written.
 """
 
 import dataclasses
 import json
 import logging
 import shutil
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +20,10 @@ import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from aunet_jax import config as config_lib
-from aunet_jax import sharding
+from aunet_jax import manifest, sharding
 from aunet_jax.aunet import AUNet
 from aunet_jax.config import Config
 from aunet_jax.splitting import Splitter
@@ -93,30 +97,109 @@ def steps(workdir: str | Path) -> list[int]:
   return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
 
 
-def is_converted(workdir: str | Path) -> bool:
-  """True where the newest checkpoint is a model without training state.
+def is_converted(workdir: str | Path, step: int) -> bool:
+  """True where that checkpoint is a model without training state.
 
   Raises: CheckpointError where a part of a run's checkpoint is missing.
   """
-  folder = Path(workdir) / CHECKPOINTS / str(steps(workdir)[-1])
+  folder = Path(workdir) / CHECKPOINTS / str(step)
   try:
     host = json.loads((folder / "host" / "metadata").read_text())
   except (OSError, ValueError) as error:
-    raise _damaged(folder, error) from error
+    raise _unreadable(folder, error) from error
   if "loader" not in host:
     return True
   if not (folder / "optimizer").is_dir():
-    raise _damaged(folder, "its optimizer state is missing")
+    raise _unreadable(folder, "its optimizer state is missing")
   return False
 
 
-def _damaged(folder: Path, reason) -> CheckpointError:
+def _unreadable(folder: Path, reason) -> CheckpointError:
+  """For a checkpoint without manifest, or one its manifest calls whole."""
   first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
   older = [step for step in steps(folder.parents[1]) if step < int(folder.name)]
   remedy = f"continue from checkpoint {older[-1]}" if older else "start anew"
   return CheckpointError(
-    f"checkpoint {folder} is damaged ({first}); delete that folder to {remedy}."
+    f"checkpoint {folder} cannot be read ({first}); delete that folder to "
+    f"{remedy}."
   )
+
+
+# ----- which checkpoints are whole ------------------------------------------
+
+
+def _newest_whole(
+  workdir: Path, last: int | None, items: Collection[str] | None
+) -> tuple[int | None, dict[int, str]]:
+  """The newest whole checkpoint, and what is wrong with the newer ones.
+
+  Raises: CheckpointError where there are checkpoints but no whole one.
+  """
+  directory, damaged = workdir / CHECKPOINTS, {}
+  for step in reversed(steps(workdir)):
+    if last is not None and step > last:
+      continue
+    reason = manifest.damage(directory / str(step), items)
+    if reason is None:
+      return step, damaged
+    damaged[step] = reason
+  if damaged:
+    listed = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+    raise CheckpointError(
+      f"no checkpoint in {directory} is whole ({listed}). Put a copy of one "
+      f"there, or delete that folder to start anew from step 0."
+    )
+  return None, damaged
+
+
+def choose(
+  workdir: str | Path, say: Callable[[str], None], last: int | None = None
+) -> int | None:
+  """The newest whole checkpoint, for a run that will go on from it.
+
+  Damaged ones that are newer are renamed to `checkpoints/damaged-STEP`, so
+  that their steps can be saved again, and said. With several processes the
+  first one looks, and all get its answer: every process must call this.
+
+  Args: last: look at steps up to this one; None = all.
+  Returns: the step; None where there is no checkpoint.
+  Raises: CheckpointError where there are checkpoints but no whole one; then
+    none is renamed.
+  """
+  workdir, step, failure = Path(workdir), None, None
+  if jax.process_index() == 0:
+    try:
+      step, damaged = _newest_whole(workdir, last, None)
+      _set_aside(workdir / CHECKPOINTS, damaged, say)
+    except (CheckpointError, OSError) as error:
+      failure = error
+  if jax.process_count() > 1:
+    code = -2 if failure else -1 if step is None else step
+    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+    if code == -2 and failure is None:
+      failure = CheckpointError("process 0 found no whole checkpoint.")
+    step = code if code >= 0 else None
+  if failure is not None:
+    raise failure
+  if step is not None:
+    folder = workdir / CHECKPOINTS / str(step)
+    if not (folder / manifest.FILE).exists():
+      say(
+        f"checkpoint {step} has no {manifest.FILE} (an older version wrote "
+        f"it): its files are taken unchecked"
+      )
+  return step
+
+
+def _set_aside(
+  directory: Path, damaged: dict[int, str], say: Callable[[str], None]
+) -> None:
+  for step, reason in damaged.items():
+    aside = directory / f"damaged-{step}"
+    if aside.exists():  # the same step, damaged before
+      shutil.rmtree(aside)
+    (directory / str(step)).rename(aside)
+    say(f"checkpoint {step} skipped: {reason}; it is now {aside}")
 
 
 def write_config(workdir: str | Path, config: Config) -> None:
@@ -158,12 +241,23 @@ class Checkpointer:
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     self.directory = Path(workdir).absolute() / CHECKPOINTS
+    self._saving = None  # the step being saved; one at a time
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True
+        max_to_keep=keep,
+        cleanup_tmp_directories=True,
+        async_options=ocp.options.AsyncOptions(
+          post_finalization_callback=self._write_manifest
+        ),
       ),
     )
+
+  def _write_manifest(self) -> None:
+    """Runs in the background, when all of a step is written but not seen."""
+    if jax.process_index() == 0:
+      name = f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
+      manifest.write(self.directory / name)
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -193,6 +287,7 @@ class Checkpointer:
         f"command again to continue from checkpoint {self.latest_step()}."
       )
     self.wait()  # errors of the save before this one are its own
+    self._saving = step
     try:
       saved = self._manager.save(
         step,
@@ -233,17 +328,14 @@ class Checkpointer:
     )
 
   def restore(
-    self, abstract: TrainState, shardings: TrainState
-  ) -> tuple[TrainState, dict] | None:
-    """The newest checkpoint as (state, host), or None where there is none.
+    self, step: int, abstract: TrainState, shardings: TrainState
+  ) -> tuple[TrainState, dict]:
+    """Checkpoint `step` as (state, host).
 
     A converted model gives its params and a None optimizer state.
 
-    Raises: CheckpointError naming a checkpoint that cannot be read.
+    Raises: CheckpointError where it cannot be read.
     """
-    step = self.latest_step()
-    if step is None:
-      return None
 
     def target(shape, where):
       return jax.tree.map(
@@ -262,13 +354,13 @@ class Checkpointer:
     items = dict(
       params=ocp.args.StandardRestore(whole.params), host=ocp.args.JsonRestore()
     )
-    converted = is_converted(self.directory.parent)
+    converted = is_converted(self.directory.parent, step)
     if not converted:
       items["optimizer"] = ocp.args.StandardRestore(counters)
     try:
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:
-      raise _damaged(self.directory / str(step), error) from error
+      raise _unreadable(self.directory / str(step), error) from error
     if converted:
       return abstract.replace(params=restored["params"], opt_state=None), (
         restored["host"]
@@ -297,6 +389,8 @@ def save_params(workdir: str | Path, config: Config, params: dict) -> None:
         ),
       ),
     )
+    manager.wait_until_finished()
+  manifest.write(directory / "0")
 
 
 # ----- loading a model ------------------------------------------------------
@@ -313,15 +407,21 @@ class Loaded(NamedTuple):
 
 
 def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
-  """Reads the newest checkpoint's model.
+  """Reads the model of the newest whole checkpoint.
+
+  A newer one whose model is damaged is named on stderr, and left as it is.
 
   Args: mesh: where to put the parameters; None = the first device.
-  Raises: CheckpointError where there is no checkpoint, or the splitting rule
-    of this version of the package is not the one the model was trained with.
+  Raises: CheckpointError where there is no whole checkpoint, or the splitting
+    rule of this version of the package is not the one the model was trained
+    with.
   """
   config = read_config(workdir)
   directory = Path(workdir).absolute() / CHECKPOINTS
-  if not steps(workdir):
+  step, damaged = _newest_whole(Path(workdir), None, ("params", "host"))
+  for number, reason in damaged.items():
+    print(f"checkpoint {number} skipped: {reason}", file=sys.stderr)
+  if step is None:
     raise CheckpointError(
       f"{workdir} has no checkpoint yet; train first, or wait for the first "
       f"save (every {config.checkpoint.every_steps} steps)."
@@ -337,7 +437,6 @@ def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
     sharding.tree_shardings(boxed, mesh),
   )
   with ocp.CheckpointManager(directory) as manager:
-    step = manager.latest_step()
     try:
       restored = manager.restore(
         step,
@@ -346,7 +445,7 @@ def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
         ),
       )
     except Exception as error:
-      raise _damaged(directory / str(step), error) from error
+      raise _unreadable(directory / str(step), error) from error
   splitter = Splitter(config.model.rules)
   check_splitter(restored["host"], splitter)
   return Loaded(AUNet(config.model), restored["params"], splitter, config, step)

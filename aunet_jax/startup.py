@@ -100,20 +100,21 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def check_workdir(workdir: Path, config: Config, say) -> None:
+def check_workdir(workdir: Path, config: Config, step: int | None, say) -> None:
   """Refuses a workdir that another config made, once it has a checkpoint.
 
   A converted model has no training to continue: there only `model` must agree.
 
+  Args: step: of the checkpoint to go on from; None where there is none.
   Raises: ValueError naming every field that differs.
   """
   if not (workdir / checkpoint.CONFIG_FILE).exists():
     return
   old = checkpoint.read_config(workdir)
   forbidden, allowed = checkpoint.changed_fields(old, config)
-  if not checkpoint.steps(workdir):
+  if step is None:
     allowed, forbidden = forbidden + allowed, []
-  elif checkpoint.is_converted(workdir):
+  elif checkpoint.is_converted(workdir, step):
     allowed += [line for line in forbidden if not line.startswith("model.")]
     forbidden = [line for line in forbidden if line.startswith("model.")]
   if forbidden:
@@ -170,10 +171,10 @@ class Setup(NamedTuple):
 def prepare(config: Config, workdir: Path) -> Setup:
   """Opens data and workdir, and restores what is there.
 
-  Order of a resume: 1. the config is compared with the workdir's; 2. the data
-  opens; 3. the newest checkpoint is restored; 4. its splitting tables and data
-  are compared; 5. the data iterator is set; 6. config.json is written; 7. the
-  log loses its rows past the restored step.
+  Order of a resume: 1. the newest whole checkpoint is chosen; 2. the config is
+  compared with the workdir's; 3. the data opens; 4. the checkpoint is restored;
+  5. its splitting tables and data are compared; 6. the data iterator is set;
+  7. config.json is written; 8. the log loses its rows past the restored step.
 
   Raises: ValueError, CheckpointError.
   """
@@ -187,7 +188,8 @@ def prepare(config: Config, workdir: Path) -> Setup:
   check_batch(config, mesh)
   tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   splitter = Splitter(config.model.rules)
-  check_workdir(workdir, config, say)
+  newest = checkpoint.choose(workdir, say)
+  check_workdir(workdir, config, newest, say)
 
   cache = config.data.cache_dir
   corpus, heldout = data.open_corpora(
@@ -212,12 +214,11 @@ def prepare(config: Config, workdir: Path) -> Setup:
     "splitter_hash": splitter.hash,
     "data_fingerprint": corpus.fingerprint,
   }
-  restored = saver.restore(abstract, shardings)
-  if restored is None:
+  if newest is None:
     train_state = state.create_state(config.model, tx, mesh, config.seed)
     saved = {}
   else:
-    train_state, host = restored
+    train_state, host = saver.restore(newest, abstract, shardings)
     checkpoint.check_splitter(host, splitter)
     if train_state.opt_state is None:  # a converted model: training is new
       train_state = state.with_params(

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -437,21 +436,6 @@ def test_changed_data_under_the_same_path_is_refused(corpus, tmp_path, capsys):
   (corpus / "0.txt").write_text("something else entirely\n")
   assert run(corpus, tmp_path / "run", "--config.train.num_steps=5") == 2
   assert "files were added, removed or edited" in capsys.readouterr().err
-
-
-def test_a_checkpoint_without_a_part_is_refused_and_named(
-  finished, tmp_path, capsys
-):
-  shutil.copytree(finished, tmp_path / "run")
-  newest = tmp_path / "run" / "checkpoints" / "6"
-  shutil.rmtree(newest / "optimizer")
-  corpus = finished.parent / "corpus"
-  assert run(corpus, tmp_path / "run", "--config.train.num_steps=9") == 2
-  error = capsys.readouterr().err
-  assert f"{newest} is damaged" in error and "from checkpoint 3" in error
-  shutil.rmtree(newest)
-  assert run(corpus, tmp_path / "run", "--config.train.num_steps=9") == 0
-  assert [row[0] for row in rows(tmp_path / "run") if row[1]] == [2, 4, 6, 8, 9]
 
 
 def test_two_runs_do_not_share_a_workdir(finished, capsys):
