@@ -6,8 +6,11 @@ and a state of one number that means the same at any number of processes and
 workers. docs/data.md states what an epoch, a mixture and a resume promise.
 """
 
+import functools
 import math
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -21,12 +24,33 @@ open_corpora = corpora.open_corpora
 pack_documents = packing.pack_documents
 
 
+@functools.cache  # one watcher a process
+def _end_with_parent() -> None:
+  """In a Grain worker: ends it when its parent is gone, however that died.
+
+  Grain tells its workers to stop only in an orderly exit; after a `kill -9`
+  they would wait for ever.
+  """
+  parent = multiprocessing.parent_process()
+
+  def watch():
+    parent.join()
+    os._exit(1)
+
+  if parent is not None:
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class _Rows:
   """Rows as Grain reads them; those past the last are empty."""
 
   def __init__(self, corpus: Corpus, num_rows: int):
     self._corpus = corpus
     self._num_rows = num_rows
+
+  def __setstate__(self, state: dict) -> None:
+    self.__dict__.update(state)
+    _end_with_parent()  # only workers unpickle rows
 
   def __len__(self) -> int:
     return self._num_rows

@@ -3,7 +3,11 @@
 `benchmarks/faults.py` injects more of the latter, for longer.
 """
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +205,53 @@ def test_a_save_cut_off_before_its_manifest_is_no_checkpoint(copy, monkeypatch):
   assert steps == [6, 9, 12]
   for step in steps:
     assert (copy / "run" / "checkpoints" / str(step) / manifest.FILE).exists()
+
+
+LOADER = """
+import sys, time
+from aunet_jax import config, data, splitting
+
+if __name__ == "__main__":
+  settings = config.DataConfig(train=sys.argv[1], heldout_fraction=0)
+  corpus, _ = data.open_corpora(
+    settings, splitting.Splitter(["word@1"]), (128, 32), cache_dir=sys.argv[2]
+  )
+  loader = data.make_loader(corpus, seed=0, batch_size=2, num_workers=2)
+  next(loader)
+  print("reading", flush=True)
+  time.sleep(600)
+"""
+
+
+def children(pid: int) -> list[int]:
+  return [
+    int(child)
+    for path in Path(f"/proc/{pid}/task").glob("*/children")
+    for child in path.read_text().split()
+  ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_kill_9_leaves_no_data_workers(finished, tmp_path):
+  (tmp_path / "loader.py").write_text(LOADER)
+  process = subprocess.Popen(
+    [
+      sys.executable,
+      str(tmp_path / "loader.py"),
+      str(finished / "corpus"),
+      str(tmp_path / "cache"),
+    ],
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  while process.stdout.readline() != "reading\n":
+    assert process.poll() is None
+  workers = children(process.pid)
+  assert len(workers) >= 2
+  process.kill()
+  process.wait()
+  end = time.monotonic() + 30
+  while any(Path(f"/proc/{pid}").exists() for pid in workers):
+    assert time.monotonic() < end, f"still alive: {workers}"
+    time.sleep(0.05)
