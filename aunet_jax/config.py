@@ -424,32 +424,73 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
   return _from_values(Config, config, "config")
 
 
+def as_config(value, where: str) -> Config:
+  """What a user's function gave: a ConfigDict or a Config.
+
+  Raises: ValueError for anything else, naming `where` it came from.
+  """
+  if isinstance(value, ml_collections.ConfigDict):
+    value = from_config_dict(value)
+  if not isinstance(value, Config):
+    raise ValueError(
+      f"{where} gave a {type(value).__name__}; it must return a config, as a "
+      f"file of configs/ does."
+    )
+  return value
+
+
 def from_json(text: str) -> Config:
   """Inverse of `Config.to_json`."""
   return _from_values(Config, json.loads(text), "config")
 
 
+def _dict_of_json(path: str) -> ml_collections.ConfigDict:
+  with open(path) as file:
+    text = file.read()
+  try:
+    checked = from_json(text)
+  except ValueError as error:  # JSON that does not parse is one too
+    raise ValueError(f"--config={path}: {error}") from None
+  return _to_dict(Config, dataclasses.asdict(checked))
+
+
 def parse_flags(args: Sequence[str]) -> Config:
-  """Reads `--config=FILE.py` and `--config.a.b=VALUE` overrides.
+  """Reads `--config=FILE` and `--config.a.b=VALUE` overrides.
+
+  FILE is Python with a `get_config`, or the config.json of a run.
 
   Raises: ValueError naming a misspelt or ill-typed override, with the nearest
     right key.
   """
-  for arg in args:
-    if arg.startswith("--config="):
-      path = arg.removeprefix("--config=").split(":")[0]
-      if not path.endswith(".py") or not os.path.isfile(path):
-        raise ValueError(f"--config={path}: no such config file (a .py file).")
-  command = ["config", *args]
+  whole = [arg for arg in args if arg.startswith("--config=")]
+  for arg in whole:
+    path = arg.removeprefix("--config=").split(":")[0]
+    if not path.endswith((".py", ".json")) or not os.path.isfile(path):
+      raise ValueError(
+        f"--config={path}: no such config file (.py, or the config.json of a "
+        f"run)."
+      )
   holder = flags.FlagValues()
-  config_flags.DEFINE_config_file(
-    "config", flag_values=holder, lock_config=True, sys_argv=command
-  )
   try:
+    if whole and whole[-1].endswith(".json"):
+      command = ["config", *(arg for arg in args if arg not in whole)]
+      config_flags.DEFINE_config_dict(
+        "config",
+        _dict_of_json(whole[-1].removeprefix("--config=")),
+        flag_values=holder,
+        lock_config=True,
+        sys_argv=command,
+      )
+    else:
+      command = ["config", *args]
+      config_flags.DEFINE_config_file(
+        "config", flag_values=holder, lock_config=True, sys_argv=command
+      )
     rest = holder(command)[1:]
     value = holder.config
   except (AttributeError, KeyError, IndexError) as error:
-    reason = " ".join(str(error).replace('"', "'").split()).strip("'")
+    reason = str(error).replace("\\n", " ").replace("\\'", "'")
+    reason = " ".join(reason.replace('"', "'").split()).strip("'")
     raise ValueError(f"no such setting: {reason}") from None
   except flags.Error as error:
     raise ValueError(str(error)) from None

@@ -59,12 +59,23 @@ def data_to_model_ratio(
   return units / flops_per_unit / units_per_token**2
 
 
+def _head_dim(dim: int, most: int) -> int:
+  """`most`, as in the paper, or less where a stage is narrow: >= 4 heads."""
+  most = min(most, max(16, dim // 4))
+  return max(
+    size for size in (16, 32, 64, 128) if size <= most and not dim % size
+  )
+
+
 def aunet_model(
   dims: tuple[int, ...],
   layers: tuple[int, ...],
   ffn_dims: tuple[int | None, ...] | None = None,
 ) -> ModelConfig:
-  """An AU-Net with the paper's heads (64 for bytes, 128), windows and rules."""
+  """An AU-Net with the paper's heads (64 for bytes, 128), windows and rules.
+
+  Widths must be multiples of 16.
+  """
   ffn_dims = (None,) * len(dims) if ffn_dims is None else ffn_dims
   stages = []
   for i, dim in enumerate(dims):
@@ -72,7 +83,7 @@ def aunet_model(
       StageConfig(
         dim=dim,
         num_layers=layers[i],
-        head_dim=64 if i == 0 or dim % 128 else 128,
+        head_dim=_head_dim(dim, 64 if i == 0 else 128),
         window=WINDOWS[i],
         capacity=CAPACITIES[i],
         rule=RULES[i],
@@ -275,18 +286,94 @@ FIXED_BUDGET_RUNS = (
 
 LADDERS = {2: AUNET2_LADDER, 3: AUNET3_LADDER}
 
-# Below the ladders: our own extension, widths in the paper's proportions
-# (Section 3.1: 1/4, 1, 3/2). Depths give every stage at least 3 blocks.
-_SMALL_WIDTHS = (128, 256, 384, 512, 640, 768, 896)
+# Below the ladders, and for models the paper has no ladder of: our own
+# extension. Widths keep the paper's proportions (Section 3.1: 1/4, 1, 3/2) and
+# every stage has at least 3 blocks; the trunk is as deep as the ladders' for
+# its width.
+_SMALL_WIDTHS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896)
 
 
-def _candidates(num_stages: int) -> list[ModelConfig]:
-  small = []
+def _narrow(width: int) -> int:
+  """The byte stage beside a trunk of this width."""
+  return max(32, width // 128 * 32)
+
+
+def ladder(num_stages: int) -> list[ModelConfig]:
+  """Models of growing size: our extension below, then the paper's ladder.
+
+  Args: num_stages: 1 is the flat byte Transformer with the BPE ladder's
+    shapes; 4 the 3-stage ladder with a fourth stage half as wide again, as the
+    paper's 1B model has, and the 3-stage model's last depth.
+  Raises: ValueError for any other depth.
+  """
+  if num_stages == 1:
+    small = [(dim, max(3, dim // 85)) for dim in _SMALL_WIDTHS]
+    large = [(run.dims[0], run.layers[0]) for run in BPE_LADDER]
+    return [
+      ModelConfig(
+        stages=(
+          StageConfig(
+            dim=dim,
+            num_layers=layers,
+            head_dim=_head_dim(dim, 128),
+            window=None,
+            capacity=CAPACITIES[0],
+          ),
+        )
+      )
+      for dim, layers in small + large
+    ]
+  if num_stages not in (2, 3, 4):
+    raise ValueError(
+      f"num_stages={num_stages} has no published ladder; use 2 or 3, or 1 or "
+      f"4 for our own."
+    )
+  models = []
   for dim in _SMALL_WIDTHS:
-    dims = (max(64, dim // 256 * 64), dim, dim * 3 // 2)[:num_stages]
-    layers = (3, 3, 3) if num_stages == 3 else (3, max(3, dim // 96))
-    small.append(aunet_model(dims, layers))
-  return small + [run.model for run in LADDERS[num_stages]]
+    dims = (_narrow(dim), dim, dim * 3 // 2, dim * 9 // 4 // 16 * 16)
+    trunk = max(3, dim // 96) if num_stages == 2 else 3
+    layers = (3,) * (num_stages - 1) + (trunk,)
+    models.append(aunet_model(dims[:num_stages], layers))
+  for run in LADDERS[min(num_stages, 3)]:
+    if num_stages < 4:
+      models.append(run.model)
+    else:
+      wide = run.dims[2] * 3 // 2 // 128 * 128
+      models.append(aunet_model((*run.dims, wide), (3, 3, 3, run.layers[2])))
+  return models
+
+
+def flops_per_byte_for(compute: float, ratio: float = SCALING_RATIO) -> float:
+  """What a model may cost a byte: C = F N with N = ratio k^2 F (Appendix A).
+
+  Raises: ValueError for numbers that are not positive and finite.
+  """
+  for name, value in (("compute", compute), ("ratio", ratio)):
+    if not (math.isfinite(value) and value > 0):
+      raise ValueError(f"{name}={value} must be positive and finite.")
+  return math.sqrt(compute / ratio) / BYTES_PER_TOKEN
+
+
+def nearest_model(models: list[ModelConfig], wanted: float) -> ModelConfig:
+  """The model whose FLOPs per byte, without head, are nearest to `wanted`.
+
+  Raises: ValueError where none lies within a factor of two.
+  """
+  sized = [
+    (counts.paper_flops_per_byte(model, head=False), model) for model in models
+  ]
+  flops, model = min(sized, key=lambda pair: abs(math.log(pair[0] / wanted)))
+  if abs(math.log2(flops / wanted)) > 1:
+    least, most = (f([flops for flops, _ in sized]) for f in (min, max))
+    raise ValueError(
+      f"no model has about {wanted:.3g} FLOPs per byte; there are {least:.2g} "
+      f"to {most:.2g}. With data as the ratio of {SCALING_RATIO:g} wants it, "
+      f"those suit budgets of "
+      f"{SCALING_RATIO * (BYTES_PER_TOKEN * least) ** 2:.1e} to "
+      f"{SCALING_RATIO * (BYTES_PER_TOKEN * most) ** 2:.1e} FLOPs; use other "
+      f"budgets, or another ratio."
+    )
+  return model
 
 
 def config_for_budget(
@@ -294,12 +381,10 @@ def config_for_budget(
 ) -> Config:
   """A complete run that spends `compute` training FLOPs as the paper would.
 
-  The model is the ladder's whose FLOPs per byte F are nearest to what the
-  ratio asks for (C = F N with N = ratio k^2 F); data then spends the budget,
-  batch and learning rate follow the laws, warmup Table 11 or a fifth of the
-  run where that is shorter. C excludes the output head, as in the laws. The
-  sweep behind the laws and the ladders lie at or above about 1e18 FLOPs;
-  below, shapes and laws are extrapolated.
+  The model is the ladder's whose FLOPs per byte are nearest to what the ratio
+  asks for; data then spends the budget. C excludes the output head, as in the
+  laws. The sweep behind the laws and the ladders lie at or above about 1e18
+  FLOPs; below, shapes and laws are extrapolated.
 
   Raises: ValueError for a depth without a ladder, or a budget for which the
     ladder has no model within a factor of two of the right size.
@@ -309,30 +394,34 @@ def config_for_budget(
       f"num_stages={num_stages} has no published ladder; use "
       f"{' or '.join(map(str, LADDERS))}."
     )
-  for name, value in (("compute", compute), ("ratio", ratio)):
-    if not (math.isfinite(value) and value > 0):
-      raise ValueError(f"{name}={value} must be positive and finite.")
-  wanted = math.sqrt(compute / ratio) / BYTES_PER_TOKEN
-  sized = [
-    (counts.paper_flops_per_byte(model, head=False), model)
-    for model in _candidates(num_stages)
-  ]
-  flops, model = min(sized, key=lambda pair: abs(math.log(pair[0] / wanted)))
-  if abs(math.log2(flops / wanted)) > 1:
-    bounds = [ratio * (BYTES_PER_TOKEN * flops) ** 2 for flops, _ in sized]
-    raise ValueError(
-      f"compute={compute:.3g} FLOPs at ratio={ratio:g} asks for a model of "
-      f"{wanted:.3g} FLOPs per byte, and the nearest has {flops:.3g}; use "
-      f"{min(bounds):.1e} to {max(bounds):.1e} FLOPs."
-    )
-  row = model.capacities[0]
-  batch_size = max(1, round(aunet_batch_bytes(compute) / row))
+  wanted = flops_per_byte_for(compute, ratio)
+  return run_config(nearest_model(ladder(num_stages), wanted), compute)
+
+
+def run_config(
+  model: ModelConfig,
+  compute: float,
+  *,
+  batch_bytes: float | None = None,
+  learning_rate: float | None = None,
+  byte_fill: float = 1.0,
+) -> Config:
+  """Trains `model` for `compute` FLOPs (without the head).
+
+  Args: batch_bytes, learning_rate: None = AU-Net's laws. byte_fill: share of a
+    row's positions that hold text.
+  Warmup is Table 11's, or a fifth of the run where that is shorter.
+  """
+  batch_bytes = batch_bytes or aunet_batch_bytes(compute)
+  row = model.capacities[0] * byte_fill
+  flops = counts.paper_flops_per_byte(model, head=False)
+  batch_size = max(1, round(batch_bytes / row))
   num_steps = max(1, round(compute / flops / (batch_size * row)))
   return Config(
     model=model,
     train=config_lib.TrainConfig(num_steps=num_steps, batch_size=batch_size),
     optimizer=config_lib.OptimizerConfig(
-      learning_rate=aunet_learning_rate(compute),
+      learning_rate=learning_rate or aunet_learning_rate(compute),
       warmup_steps=min(WARMUP_STEPS, num_steps // 5),
     ),
   )

@@ -110,7 +110,7 @@ def test_a_budget_of_the_ladder_gives_its_model():
     ((-1.0, 2), "compute=-1.0"),
     ((math.nan, 2), "compute=nan"),
     ((1e20, 2, 0.0), "ratio=0.0"),
-    ((1e26, 2), "use .* to .* FLOPs"),
+    ((1e26, 2), "budgets of .* to .* FLOPs"),
   ],
 )
 def test_what_no_law_covers_is_refused(arguments, match):

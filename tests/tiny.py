@@ -31,3 +31,10 @@ def get_config():
   c.optimizer.warmup_steps = 2
   c.checkpoint.every_steps = 3
   return c
+
+
+def for_budget(budget):
+  """The same for a scaling study, whatever the budget."""
+  c = get_config()
+  c.train.num_steps = 6
+  return c

@@ -1,0 +1,353 @@
+"""Scaling-law studies: plan runs at equal compute, and run them.
+
+  # what would be run; nothing is written
+  python -m aunet_jax.scaling plan --models=byte,aunet2,aunet3 \\
+      --budgets=1e19,2e19,4e19
+
+  # a study of files of text, three seeds a cell, written to a directory
+  python -m aunet_jax.scaling plan runs/study --models=byte,aunet2,stride@4 \\
+      --budgets=1e13,3e13,1e14 --ratio=0.5 --seeds=0,1,2 --row_bytes=1024 \\
+      --data=books/train --heldout=books/heldout --set=model.dtype=float32
+
+  # an IsoFLOP grid: at each budget, models of several sizes
+  python -m aunet_jax.scaling plan runs/grid --models=aunet2 \\
+      --budgets=1e18,1e19 --sizes=0.5,0.7,1,1.4,2 --data=books/train
+
+  # batch and learning rate swept at one budget, to fit laws of one's own
+  python -m aunet_jax.scaling hp runs/sweep --models=aunet2 --budgets=1e14 \\
+      --batch_bytes=8e3,16e3 --learning_rates=0.002,0.004,0.008 --data=books
+
+  # run or continue it, two cells at a time; or print a command for each cell
+  python -m aunet_jax.scaling run runs/study --jobs=2
+  python -m aunet_jax.scaling run runs/study --print
+
+A run is continued from its checkpoint however it ended, and a cell that is done
+is never run again. docs/scaling.md says what is compared, and how.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+from aunet_jax import config as config_lib
+from aunet_jax import laws, metrics, scaling_plan, scaling_run, sources
+
+
+def _numbers(text: str) -> list[float]:
+  try:
+    values = [float(part) for part in text.split(",")]
+  except ValueError:
+    values = []
+  if not values or not all(0 < value < float("inf") for value in values):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be numbers above 0, joined by commas"
+    )
+  return values
+
+
+def _seeds(text: str) -> list[int]:
+  parts = text.split(",")
+  if not all(part.isascii() and part.isdigit() for part in parts):
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be whole numbers from 0, joined by commas"
+    )
+  return [int(part) for part in parts]
+
+
+def _positive(text: str) -> int:
+  if not (text.isascii() and text.isdigit() and int(text)):
+    raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+  return int(text)
+
+
+def _add_plan_arguments(parser, sweeps: bool) -> None:
+  add = parser.add_argument
+  add(
+    "study",
+    type=Path,
+    nargs=None if sweeps else "?",
+    help="directory to write"
+    + ("" if sweeps else "; left out: only show the plan"),
+  )
+  add(
+    "--models", required=True, help=scaling_plan.MODELS + ", joined by commas"
+  )
+  add(
+    "--budgets",
+    required=True,
+    type=_numbers,
+    help="training FLOPs without the output head, joined by commas",
+  )
+  add(
+    "--ratio",
+    type=float,
+    default=laws.SCALING_RATIO,
+    help="data-to-model ratio that sets sizes (default: the paper's 10)",
+  )
+  add("--seeds", type=_seeds, default=[0], help="joined by commas (default 0)")
+  add("--data", help="text to train on, as config.data.train")
+  add("--heldout", help="text to compare on, as config.data.heldout")
+  add(
+    "--row_bytes",
+    type=_positive,
+    default=laws.CAPACITIES[0],
+    help="positions of a row, the same for all models (default 8192)",
+  )
+  if sweeps:
+    add("--batch_bytes", type=_numbers, required=True, help="bytes of a step")
+    add("--learning_rates", type=_numbers, required=True)
+  else:
+    add(
+      "--sizes",
+      type=_numbers,
+      default=[1.0],
+      help="IsoFLOP grid: FLOPs per byte over what the ratio asks for",
+    )
+    add(
+      "--batch_bytes",
+      type=_numbers,
+      default=[None],
+      help="bytes of a step (default: the paper's law)",
+    )
+    add(
+      "--learning_rates",
+      type=_numbers,
+      default=[None],
+      help="one, or several to sweep (default: the paper's law)",
+    )
+  add(
+    "--set",
+    action="append",
+    default=[],
+    metavar="A.B=VALUE",
+    help="a setting of every config; may be given again",
+  )
+  add(
+    "--flops_per_second",
+    type=float,
+    help="padded FLOPs a second of the machine, for the time it will take",
+  )
+  add(
+    "--calibrate",
+    action="store_true",
+    help="measure that here, on the middle cell",
+  )
+  add("--price_per_hour", type=float, help="of that machine, for the cost")
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m aunet_jax.scaling",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  text = "plan models x budgets x sizes x seeds"
+  _add_plan_arguments(commands.add_parser("plan", help=text), sweeps=False)
+  text = "plan a sweep of batch and learning rate"
+  _add_plan_arguments(commands.add_parser("hp", help=text), sweeps=True)
+  run = commands.add_parser("run", help="run the cells of a study")
+  run.add_argument("study", type=Path, help="a directory that plan has written")
+  run.add_argument(
+    "--jobs", type=_positive, default=1, help="cells at a time (default 1)"
+  )
+  run.add_argument(
+    "--only", default="", metavar="PART,…", help="only ids with such a part"
+  )
+  run.add_argument("--retry", action="store_true", help="failed cells as well")
+  run.add_argument(
+    "--minutes",
+    type=float,
+    help="stop after so long; the next run goes on from there",
+  )
+  run.add_argument(
+    "--print",
+    action="store_true",
+    help="only print a training command for every cell that is not done",
+  )
+  return parser
+
+
+# ----- plan -----------------------------------------------------------------
+
+
+def _absolute(paths: str | None) -> str | None:
+  """Files by whole paths, so that a study can be run from anywhere."""
+  if paths is None:
+    return None
+  return ",".join(
+    part if part == "python" or sources.is_url(part) else os.path.abspath(part)
+    for part in paths.split(",")
+  )
+
+
+def _finisher(args: argparse.Namespace):
+  """Puts data, logging and --set into a cell's config."""
+  settings = {
+    "data.train": _absolute(args.data),
+    "data.heldout": _absolute(args.heldout),
+    "train.sample_bytes": 0,
+    "train.tensorboard": False,
+  }
+  flags = [f"--config.{k}={v}" for k, v in settings.items() if v is not None]
+  for item in args.set:
+    if "=" not in item:
+      raise ValueError(f"--set={item}: write --set=train.batch_size=8.")
+    flags.append(f"--config.{item}")
+
+  def finish(config, cell):
+    steps = config.train.num_steps
+    own = [
+      f"--config.train.log_every_steps={max(1, steps // 100)}",
+      f"--config.checkpoint.every_steps={max(1, steps // 10)}",
+      "--config.checkpoint.keep=1",
+    ]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+      file.write(config.to_json())
+      file.flush()
+      try:
+        return config_lib.parse_flags([f"--config={file.name}", *own, *flags])
+      except ValueError as error:
+        raise ValueError(f"{cell}: {error}") from None
+
+  return finish
+
+
+def plan(args: argparse.Namespace) -> None:
+  """Shows a plan; writes it where a directory is given."""
+  for name in ("ratio", "flops_per_second", "price_per_hour"):
+    value = getattr(args, name)
+    if value is not None and not 0 < value < float("inf"):
+      raise ValueError(f"--{name}={value} must be above 0.")
+  if args.study is not None and args.data is None:
+    raise ValueError("--data is missing: name the text the study trains on.")
+  sample = scaling_plan.Sample(_absolute(args.data), args.row_bytes)
+  cells = scaling_plan.make_cells(
+    args.models.split(","),
+    args.budgets,
+    sample=sample,
+    sizes=getattr(args, "sizes", [1.0]),
+    ratio=args.ratio,
+    seeds=args.seeds,
+    batch_bytes=args.batch_bytes,
+    learning_rates=args.learning_rates,
+    finish=_finisher(args),
+  )
+  speed = args.flops_per_second
+  if args.calibrate:
+    by_cost = sorted(cells, key=lambda c: c.to_json()["padded_flops"])
+    middle = by_cost[len(cells) // 2]
+    print(f"measuring a step of {middle.id} …", file=sys.stderr, flush=True)
+    speed = scaling_plan.measure_flops_per_second(middle.config)
+    print(f"measured {speed:.3g} padded FLOPs a second on {middle.id}")
+  print(show_plan(cells, speed, args.price_per_hour))
+  free = args.batch_bytes == [None] or args.learning_rates == [None]
+  for line in scaling_plan.warnings_of(cells, free):
+    print(f"warning: {line}")
+  if args.study is None:
+    return
+  about = {
+    "command": shlex.join(["python", "-m", "aunet_jax.scaling", *sys.argv[1:]]),
+    "data": _absolute(args.data),
+    "data_fingerprint": sample.fingerprint,
+    "ratio": args.ratio,
+    "flops_per_second": speed,
+    "versions": {
+      "python": platform.python_version(),
+      "jax": jax.__version__,
+      "aunet_jax": importlib.metadata.version("aunet_jax"),
+    },
+    "cells": [cell.id for cell in cells],
+  }
+  scaling_plan.write(args.study, cells, about)
+  print(f"wrote {args.study}: python -m aunet_jax.scaling run {args.study}")
+
+
+def show_plan(cells, flops_per_second, price_per_hour) -> str:
+  """One line a cell, then the sum of what it will take."""
+  width = max(len(cell.id) for cell in cells)
+  lines = [
+    f"{'cell':{width}}  params  FLOPs/byte  bytes   ratio   batch  "
+    f"learning rate  useful/padded FLOPs  time"
+  ]
+  total = 0.0
+  for cell in cells:
+    v = cell.to_json()
+    total += v["padded_flops"]
+    time = ""
+    if flops_per_second:
+      time = metrics.duration(v["padded_flops"] / flops_per_second)
+    lines.append(
+      f"{cell.id:{width}}  {metrics.si(v['params']):>6}  "
+      f"{v['flops_per_byte']:10.3g}  {metrics.si(v['bytes']):>6}  "
+      f"{v['ratio']:5.3g}  {metrics.si(v['batch_bytes']):>6}  "
+      f"{v['learning_rate']:13.4g}  "
+      f"{v['useful_flops']:.2e}/{v['padded_flops']:.2e}  {time}".rstrip()
+    )
+  line = f"{len(cells)} cells, {total:.3g} padded FLOPs"
+  if flops_per_second:
+    hours = total / flops_per_second / 3600
+    line += f", {metrics.duration(3600 * hours)} at {flops_per_second:.3g}/s"
+    if price_per_hour:
+      line += f", costs {hours * price_per_hour:.2f}"
+  return "\n".join([*lines, line])
+
+
+# ----- run ------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> int:
+  """Exit status: 0 all done, 1 some failed, 75 some are left."""
+  if args.minutes is not None and not args.minutes > 0:
+    raise ValueError(f"--minutes={args.minutes} must be above 0.")
+  only = [part for part in args.only.split(",") if part]
+  if args.print:
+    _, cells = scaling_run.read_study(args.study)
+    for cell in cells:
+      wanted = not only or any(part in cell.id for part in only)
+      if wanted and scaling_run.read_state(cell)["state"] != "done":
+        print(shlex.join(scaling_run.command(cell, args.study)))
+    return 0
+  result = scaling_run.run(
+    args.study,
+    jobs=args.jobs,
+    only=only,
+    retry=args.retry,
+    seconds=None if args.minutes is None else 60 * args.minutes,
+  )
+  counted = ", ".join(f"{len(ids)} {name}" for name, ids in result.items())
+  print(counted)
+  if result["failed"]:
+    print("--retry runs failed cells again; log.txt in a cell says why it did.")
+    return 1
+  return 75 if result["waiting"] else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+  args = _parser().parse_args(argv)
+  try:
+    if args.command == "run":
+      return run(args)
+    plan(args)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print("stopped; the same command goes on from here", file=sys.stderr)
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,357 @@
+"""Plans a scaling study: models x budgets x sizes x seeds, as whole configs.
+
+A study is a directory:
+
+  study.json            the command, versions, data and its fingerprint
+  cells/ID/cell.json    what one run is for, and what it was planned to cost
+  cells/ID/plan.json    its config, complete; cells/ID is also its workdir
+
+Budgets are training FLOPs without the output head, as in the laws (`laws.py`).
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aunet_jax import config as config_lib
+from aunet_jax import counts, laws, planner, prepare, sources
+from aunet_jax.config import Config, ModelConfig
+from aunet_jax.splitting import Splitter
+
+STUDY_FILE, CELL_FILE, PLAN_FILE = "study.json", "cell.json", "plan.json"
+# Compute of the smallest run behind the paper's laws, about (Section 2.3).
+LEAST_COMPUTE_OF_LAWS = 1e18
+SAMPLE_ROWS = 400  # of text, to measure how full rows get
+MODELS = "byte, aunet2, aunet3, aunet4, stride@N or FILE.py:FUNCTION"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+  """One run of a study."""
+
+  id: str
+  model: str
+  budget_flops: float
+  size: float  # FLOPs per byte over what the ratio asks for, wanted
+  seed: int
+  config: Config
+  fill: tuple[float, ...]  # share of each stage's slots expected to be real
+
+  def to_json(self) -> dict:
+    """Everything `cell.json` holds; FLOPs and bytes are of the whole run."""
+    model, train = self.config.model, self.config.train
+    rows = train.num_steps * train.batch_size
+    positions = [
+      rows * s.capacity * fill
+      for s, fill in zip(model.stages, self.fill, strict=True)
+    ]
+    flops = counts.paper_flops_per_byte(model, head=False)
+    return {
+      "id": self.id,
+      "model": self.model,
+      "budget_flops": self.budget_flops,
+      "size": self.size,
+      "seed": self.seed,
+      "params": num_body_parameters(model),
+      "flops_per_byte": flops,
+      "bytes": positions[0],
+      "ratio": laws.data_to_model_ratio(positions[0], flops, 1.0),
+      "useful_flops": counts.useful_train_flops(model, positions),
+      "padded_flops": rows * counts.train_flops_per_row(model),
+      "learning_rate": self.config.optimizer.learning_rate,
+      "batch_bytes": train.batch_size * model.capacities[0] * self.fill[0],
+      "tokenizer": None,
+    }
+
+
+def num_body_parameters(model: ModelConfig) -> int:
+  """Parameters without embedding and output head."""
+  return sum(
+    sum(n for kind, n in kinds.items() if kind not in ("embedding", "head"))
+    for kinds in counts.parameters(model)
+  )
+
+
+# ----- models ---------------------------------------------------------------
+
+
+def _stride(models: list[ModelConfig], n: int) -> list[ModelConfig]:
+  """Two-stage models whose words are n bytes each."""
+  changed = []
+  for model in models:
+    first, second = model.stages
+    capacity = -(-first.capacity // n) + 1
+    second = dataclasses.replace(second, rule=f"stride@{n}", capacity=capacity)
+    changed.append(dataclasses.replace(model, stages=(first, second)))
+  return changed
+
+
+def ladder(name: str) -> list[ModelConfig]:
+  """Models of growing size of the family a plan calls `name`.
+
+  Raises: ValueError for an unknown name.
+  """
+  kind, at, argument = name.partition("@")
+  if kind == "stride" and argument.isascii() and argument.isdigit():
+    if int(argument) >= 2:
+      return _stride(laws.ladder(2), int(argument))
+  if name == "byte":
+    return laws.ladder(1)
+  if name in ("aunet2", "aunet3", "aunet4"):
+    return laws.ladder(int(name[-1]))
+  raise ValueError(f"--models: {name!r} is no model; use {MODELS}.")
+
+
+def load_function(name: str) -> Callable[[float], Config]:
+  """The user's own model: FILE.py:FUNCTION of a budget in FLOPs.
+
+  It returns a config as a config file does, sizes, steps, batch and learning
+  rate included.
+
+  Raises: ValueError where it cannot be called.
+  """
+  path, _, attribute = name.rpartition(":")
+  if not os.path.isfile(path):
+    raise ValueError(f"--models: {name!r}: there is no file {path!r}.")
+  spec = importlib.util.spec_from_file_location("scaling_model", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  function = getattr(module, attribute, None)
+  if not callable(function):
+    raise ValueError(f"--models: {path} has no function {attribute!r}.")
+
+  return lambda budget: config_lib.as_config(
+    function(budget), f"--models: {name}"
+  )
+
+
+# ----- the data behind a plan -----------------------------------------------
+
+
+class Sample:
+  """Text of the corpus, to fit capacities to it. Without text, the paper's.
+
+  Args: paths: as data.train. row_bytes: positions of a row.
+  Raises: ValueError for paths without text, or too little of it.
+  """
+
+  def __init__(self, paths: str | None, row_bytes: int):
+    self.row_bytes, self.documents = row_bytes, None
+    self.fingerprint = None
+    self._known = {}
+    if paths is not None:
+      files, _ = sources.list_sources(paths)
+      self.fingerprint = fingerprint(paths)
+      self.documents = prepare.sample(files, "text", SAMPLE_ROWS * row_bytes)
+
+  def fit(self, model: ModelConfig) -> tuple[ModelConfig, tuple[float, ...]]:
+    """The model for rows of this text, and the share of slots it fills."""
+    if self.documents is None:
+      share = self.row_bytes / model.capacities[0]
+      capacities = tuple(math.ceil(c * share) for c in model.capacities)
+      fill = (1.0,) * model.num_stages
+    else:
+      if model.rules not in self._known:
+        self._known[model.rules] = planner.recommend(
+          self.documents, Splitter(model.rules), self.row_bytes
+        )
+      plan = self._known[model.rules]
+      capacities, fill = plan.capacities, plan.fill
+    stages = tuple(
+      dataclasses.replace(stage, capacity=capacity)
+      for stage, capacity in zip(model.stages, capacities, strict=True)
+    )
+    return dataclasses.replace(model, stages=stages), tuple(fill)
+
+
+def fingerprint(paths: str) -> str:
+  """Names a set of files by their names and sizes.
+
+  Training checks the text itself; this tells studies of other text apart.
+  """
+  files, _ = sources.list_sources(paths)
+  names = []
+  for file in files:
+    local = os.path.isfile(file.path)
+    size = os.path.getsize(file.path) if local else None
+    names.append([os.path.basename(file.path), size])
+  text = json.dumps(sorted(names, key=str))
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+# ----- cells ----------------------------------------------------------------
+
+
+def make_cells(
+  models: Sequence[str],
+  budgets: Sequence[float],
+  *,
+  sample: Sample,
+  sizes: Sequence[float] = (1.0,),
+  ratio: float = laws.SCALING_RATIO,
+  seeds: Sequence[int] = (0,),
+  batch_bytes: Sequence[float | None] = (None,),
+  learning_rates: Sequence[float | None] = (None,),
+  finish: Callable[[Config, str], Config] = lambda config, cell: config,
+) -> list[Cell]:
+  """Every run of a study, cheapest budget first.
+
+  Args:
+    sizes: of an IsoFLOP grid: FLOPs per byte over what the ratio asks for.
+      Sizes for which the ladder has the same model make one cell.
+    batch_bytes, learning_rates: None = the laws.
+    finish: sees every config with its cell's id last.
+  Raises: ValueError naming what cannot be planned.
+  """
+  cells = []
+  several = len(sizes) > 1
+  sweeps = len(batch_bytes) * len(learning_rates) > 1
+  for budget in sorted(budgets):
+    for name in models:
+      for size, model, fill, base in _sized(name, budget, sizes, ratio, sample):
+        for batch in batch_bytes:
+          for rate in learning_rates:
+            for seed in seeds:
+              cell = f"{_slug(name)}-{budget:.3g}".replace("+", "")
+              cell += f"-x{size:g}" if several else ""
+              config = base or laws.run_config(
+                model,
+                budget,
+                batch_bytes=batch,
+                learning_rate=rate,
+                byte_fill=fill[0],
+              )
+              if sweeps:
+                rows = config.train.batch_size
+                cell += f"-b{rows}-lr{config.optimizer.learning_rate:.3g}"
+              cell += f"-s{seed}"
+              config = dataclasses.replace(config, seed=seed)
+              cells.append(
+                Cell(
+                  id=cell,
+                  model=name,
+                  budget_flops=budget,
+                  size=size,
+                  seed=seed,
+                  config=finish(config, cell),
+                  fill=fill,
+                )
+              )
+  twice = [
+    c.id for i, c in enumerate(cells) if c.id in {d.id for d in cells[:i]}
+  ]
+  if twice:
+    raise ValueError(f"two runs would be called {twice[0]}; drop one of them.")
+  return cells
+
+
+def _slug(name: str) -> str:
+  name = name.rpartition(":")[2]
+  return "".join(c for c in name if c.isalnum())
+
+
+def _sized(name, budget, sizes, ratio, sample):
+  """(size, model, fill, whole config or None) for one model and budget."""
+  if ":" in name:
+    base = load_function(name)(budget)
+    return [(1.0, base.model, (1.0,) * base.model.num_stages, base)]
+  fitted = [sample.fit(model) for model in ladder(name)]
+  fills = {model: fill for model, fill in fitted}
+  found = {}
+  for size in sorted(sizes):
+    wanted = size * laws.flops_per_byte_for(budget, ratio)
+    try:
+      model = laws.nearest_model([model for model, _ in fitted], wanted)
+    except ValueError as error:
+      raise ValueError(f"{name} at {budget:.3g} FLOPs: {error}") from None
+    found.setdefault(model, size)
+  return [(size, model, fills[model], None) for model, size in found.items()]
+
+
+def warnings_of(cells: Sequence[Cell], free: bool) -> list[str]:
+  """What a plan rests on that nobody has measured.
+
+  Args: free: batch and learning rate come from the laws.
+  """
+  lines = []
+  small = sorted({c.budget_flops for c in cells} - {math.inf})
+  small = [b for b in small if b < LEAST_COMPUTE_OF_LAWS]
+  if small and free:
+    lines.append(
+      f"batch and learning rate extrapolate the paper's laws from about "
+      f"{LEAST_COMPUTE_OF_LAWS:.0e} down to {small[0]:.3g} FLOPs; sweep them "
+      f"with `hp`, or set --batch_bytes and --learning_rate."
+    )
+  if free and any(c.model in ("byte", "aunet4") for c in cells):
+    lines.append(
+      "byte and aunet4 have no laws of their own: they use AU-Net's, which "
+      "were fitted to two and three stages."
+    )
+  return lines
+
+
+# ----- what it will take ----------------------------------------------------
+
+
+def measure_flops_per_second(config: Config, repeats: int = 3) -> float:
+  """Padded FLOPs a second of a training step here, compilation apart."""
+  from aunet_jax import optimizer, sharding, state, train
+
+  mesh = sharding.make_mesh(config.mesh)
+  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  train_state = state.create_state(config.model, tx, mesh, 0)
+  shape = (config.train.batch_size, config.model.capacities[0])
+  rng = np.random.default_rng(0)
+  one = np.ones(shape, np.int32)
+  batch = {
+    "bytes": rng.integers(0, 256, shape, np.int32),
+    "targets": rng.integers(0, 256, shape, np.int32),
+    "levels": np.zeros(shape, np.int32),
+    "documents": one,
+    "weights": one,
+  }
+  where = sharding.batch_sharding(mesh)
+  batch = {k: jax.device_put(jnp.asarray(v), where) for k, v in batch.items()}
+  _, shardings = state.abstract_state(config.model, tx, mesh)
+  step = train.compile_step(config, tx, mesh, shardings, train_state, batch)
+  best = math.inf
+  for _ in range(repeats + 1):
+    began = time.perf_counter()
+    train_state, step_metrics = step(train_state, batch)
+    jax.block_until_ready(step_metrics)
+    best = min(best, time.perf_counter() - began)
+  rows = config.train.batch_size
+  return rows * counts.train_flops_per_row(config.model) / best
+
+
+# ----- on disk --------------------------------------------------------------
+
+
+def write(study: Path, cells: Sequence[Cell], about: dict) -> None:
+  """Writes a study directory.
+
+  Raises: ValueError where it holds a study already.
+  """
+  if (study / STUDY_FILE).exists():
+    raise ValueError(
+      f"{study} holds a study already; `run` continues it. Use another "
+      f"directory for another plan."
+    )
+  for cell in cells:
+    directory = study / "cells" / cell.id
+    directory.mkdir(parents=True, exist_ok=True)
+    values = cell.to_json() | {"data_fingerprint": about["data_fingerprint"]}
+    (directory / CELL_FILE).write_text(json.dumps(values, indent=1) + "\n")
+    (directory / PLAN_FILE).write_text(cell.config.to_json() + "\n")
+  # Last: a plan that was cut short is no study.
+  (study / STUDY_FILE).write_text(json.dumps(about, indent=1) + "\n")

@@ -1,0 +1,211 @@
+"""Planning and running a scaling study, as its user does."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aunet_jax import config, laws, scaling, scaling_plan, scaling_run
+
+ROOT = Path(__file__).parents[1]
+MODEL = f"{Path(__file__).with_name('tiny.py')}:for_budget"
+
+
+@pytest.fixture(autouse=True)
+def _in_root(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+  path = tmp_path / "text.txt"
+  path.write_text("The word is longer than the byte, and 42 is a number. " * 99)
+  return path
+
+
+def plan(*args) -> int:
+  return scaling.main(["plan", *map(str, args)])
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_the_papers_budgets_give_the_papers_runs(num_stages):
+  runs = laws.LADDERS[num_stages]
+  cells = scaling_plan.make_cells(
+    [f"aunet{num_stages}"],
+    [run.compute for run in runs],
+    sample=scaling_plan.Sample(None, 8192),
+  )
+  assert len(cells) == 12
+  for run, cell in zip(runs, cells, strict=True):
+    planned = cell.to_json()
+    assert cell.config.model == run.model
+    rate = cell.config.optimizer.learning_rate
+    assert rate == pytest.approx(run.learning_rate, rel=0.01)
+    assert planned["batch_bytes"] == pytest.approx(
+      run.printed_units_per_step, rel=0.07
+    )
+    assert planned["bytes"] == pytest.approx(run.units, rel=0.01)
+
+
+def test_isoflop_cells_spend_one_budget_on_several_sizes():
+  cells = scaling_plan.make_cells(
+    ["aunet2", "byte", "stride@4"],
+    [1e18],
+    sizes=[0.5, 1, 2],
+    sample=scaling_plan.Sample(None, 8192),
+  )
+  for model in ("aunet2", "byte", "stride@4"):
+    some = [c.to_json() for c in cells if c.model == model]
+    assert len(some) == 3
+    sizes = [c["flops_per_byte"] for c in some]
+    assert 1.4 < sizes[1] / sizes[0] < 2.8 and 1.4 < sizes[2] / sizes[1] < 2.8
+    for c in some:
+      spent = c["flops_per_byte"] * c["bytes"]
+      assert spent == pytest.approx(1e18, rel=0.01)
+
+
+def test_rows_of_a_text_fill_and_bytes_are_those_that_are_read(text):
+  text.write_text("Some words of a text that is long enough. " * 2000)
+  sample = scaling_plan.Sample(str(text), 512)
+  (cell,) = scaling_plan.make_cells(
+    ["aunet2"], [1e11], sample=sample, ratio=0.0005
+  )
+  assert cell.config.model.capacities[0] == 512
+  assert 0.8 < cell.fill[0] < 1 and cell.fill[1] > 0.9
+  planned = cell.to_json()
+  assert planned["useful_flops"] < planned["padded_flops"]
+  rows = cell.config.train.num_steps * cell.config.train.batch_size
+  assert planned["bytes"] == pytest.approx(rows * 512 * cell.fill[0])
+
+
+def test_a_sweep_has_a_cell_for_every_batch_and_rate(tmp_path, text, capsys):
+  study = tmp_path / "hp"
+  flags = (f"--models={MODEL}", "--budgets=1e9", f"--data={text}")
+  sweep = ("--batch_bytes=512,1024", "--learning_rates=0.001,0.002")
+  with pytest.raises(SystemExit):
+    scaling.main(["hp", str(study), *flags])
+  capsys.readouterr()
+  own = ("--models=aunet2", *flags[1:], "--row_bytes=64", "--ratio=1e-8")
+  assert scaling.main(["hp", str(study), *own, *sweep]) == 0
+  _, cells = scaling_run.read_study(study)
+  pairs = {(c.values["batch_bytes"], c.values["learning_rate"]) for c in cells}
+  assert len(pairs) == len(cells) == 4
+
+
+def test_a_study_runs_survives_a_kill_and_runs_nothing_twice(
+  tmp_path, text, capsys
+):
+  study = tmp_path / "study"
+  flags = (f"--models={MODEL}", "--budgets=1e9", "--seeds=0,1")
+  flags += (f"--data={text}", f"--heldout={text}")
+  assert plan(study, *flags) == 0
+  assert plan(study, *flags) == 2
+  assert "holds a study already" in capsys.readouterr().err
+  assert scaling.main(["run", str(study), "--print"]) == 0
+  assert capsys.readouterr().out.count("aunet_jax.train") == 2
+
+  # Killed while the first cell trains; the cell itself goes on or dies later.
+  runner = subprocess.Popen(
+    [sys.executable, "-m", "aunet_jax.scaling", "run", str(study)],
+    stdout=subprocess.DEVNULL,
+  )
+  first = study / "cells" / "forbudget-1e09-s0"
+  while not (first / "metrics.jsonl").exists():
+    assert runner.poll() is None
+    time.sleep(0.1)
+  runner.send_signal(signal.SIGKILL)
+  runner.wait()
+  # A cell that is broken stops no other.
+  second = study / "cells" / "forbudget-1e09-s1"
+  whole = (second / "plan.json").read_text()
+  (second / "plan.json").write_text(whole.replace('"dim": 64', '"dim": 65'))
+
+  deadline = time.monotonic() + 120
+  while True:  # until the orphan has ended
+    status = scaling.main(["run", str(study)])
+    if scaling_run.read_state(_cell(study, 0))["state"] == "done":
+      break
+    assert time.monotonic() < deadline
+    time.sleep(0.5)
+  assert status == 1
+  out = capsys.readouterr().out
+  assert "1 done, 1 failed, 0 waiting" in out and "head_dim" in out
+
+  (second / "plan.json").write_text(whole)
+  log = (first / "log.txt").read_bytes()
+  assert scaling.main(["run", str(study)]) == 1  # failed ones wait for --retry
+  assert scaling.main(["run", str(study), "--retry"]) == 0
+  assert "2 done" in capsys.readouterr().out
+  assert (first / "log.txt").read_bytes() == log
+  for workdir in (first, second):
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert any("heldout_bits_per_byte" in json.loads(row) for row in rows)
+
+  text.write_text("another text")
+  assert scaling.main(["run", str(study)]) == 2
+  assert "planned" in capsys.readouterr().err
+
+
+def _cell(study, number):
+  return scaling_run.read_study(study)[1][number]
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--models=aunet5", "--budgets=1e19"], "'aunet5' is no model"),
+    (["--models=stride@1", "--budgets=1e19"], "'stride@1' is no model"),
+    (["--models=no.py:f", "--budgets=1e19"], "no file 'no.py'"),
+    (["--models=tests/tiny.py:f", "--budgets=1e19"], "no function 'f'"),
+    (["--models=aunet2", "--budgets=1e2"], "no model has about"),
+    (["--models=aunet2,aunet2", "--budgets=1e19"], "would be called"),
+    (["--models=aunet2", "--budgets=1e19", "--ratio=-1"], "--ratio=-1"),
+    (["--models=aunet2", "--budgets=1e19", "--set=a"], "--set=a"),
+    (
+      ["--models=aunet2", "--budgets=1e19", "--set=train.x=1"],
+      "no such setting: x",
+    ),
+    (["--models=aunet2", "--budgets=1e19", "--data=/no/such"], "/no/such"),
+    (["study", "--models=aunet2", "--budgets=1e19"], "--data is missing"),
+  ],
+)
+def test_what_cannot_be_planned_is_named(flags, message, capsys):
+  assert plan(*flags) == 2
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1", "1e19,0", "inf"])
+def test_budgets_are_numbers_above_zero(value, capsys):
+  with pytest.raises(SystemExit) as stop:
+    plan("--models=aunet2", f"--budgets={value}")
+  assert stop.value.code == 2
+  assert "numbers above 0" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_no_study_is_refused(tmp_path, capsys):
+  assert scaling.main(["run", str(tmp_path)]) == 2
+  assert "scaling plan" in capsys.readouterr().err
+  (tmp_path / "study.json").write_text("{")
+  assert scaling.main(["run", str(tmp_path)]) == 2
+  assert "damaged" in capsys.readouterr().err
+  (tmp_path / "study.json").write_text('{"cells": ["a"], "data": null}')
+  assert scaling.main(["run", str(tmp_path)]) == 2
+  assert "not as it was planned" in capsys.readouterr().err
+
+
+def test_a_config_is_read_from_json_as_from_python(tmp_path):
+  whole = config.parse_flags(["--config=tests/tiny.py"])
+  path = tmp_path / "config.json"
+  path.write_text(whole.to_json())
+  assert config.parse_flags([f"--config={path}"]) == whole
+  changed = config.parse_flags([f"--config={path}", "--config.seed=3"])
+  assert changed.seed == 3
+  with pytest.raises(ValueError, match="Did you mean 'seed'"):
+    config.parse_flags([f"--config={path}", "--config.sed=3"])
+  path.write_text("{")
+  with pytest.raises(ValueError, match="config.json"):
+    config.parse_flags([f"--config={path}"])
