@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aunet_jax import pooling
+from aunet_jax import attention, pooling, sharding
 from aunet_jax.config import ModelConfig
 from aunet_jax.layers import DECODE_CACHE, RMSNorm, Stack, fan_in_init, project
 from aunet_jax.pooling import Segments
@@ -127,6 +127,7 @@ class AUNet(nn.Module):
       level_logits_BLP float32 (level of the target byte).
     """
     config = self.config
+    attention.check(config.stages, sharding.platform())
     if not config.document_mask or documents_BL is None:
       documents_BL = jnp.ones_like(bytes_BL)
     starts_BL = pooling.piece_starts(documents_BL)

@@ -448,6 +448,10 @@ def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
       raise _unreadable(directory / str(step), error) from error
   splitter = Splitter(config.model.rules)
   check_splitter(restored["host"], splitter)
+  # The kernels it was trained with may not run on the devices here.
+  config = dataclasses.replace(
+    config, model=config_lib.with_attention(config.model, "auto")
+  )
   return Loaded(AUNet(config.model), restored["params"], splitter, config, step)
 
 

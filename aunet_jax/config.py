@@ -26,7 +26,7 @@ VOCAB_SIZE = 258  # as the official code (facebookresearch/lingua, apps/aunet)
 
 UPSAMPLINGS = ("multi_linear", "repeat", "simple")
 REMATS = ("none", "dots", "full")
-ATTENTIONS = ("auto", "xla")
+ATTENTIONS = ("auto", "xla", "splash")
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("float32", "bfloat16")
 
@@ -77,7 +77,7 @@ class StageConfig:
   ffn_dim: int | None = None  # None = swiglu_dim(dim), as the paper's Table 9
   skip: bool = True  # add this stage's encoding to its upsampled input
   remat: str = "none"  # what the backward pass recomputes: none, dots, full
-  attention: str = "auto"  # kernel; "auto" picks by platform and logs it
+  attention: str = "auto"  # kernel (`attention.py`); auto: by platform
 
   def __post_init__(self):
     for name in ("dim", "num_layers", "head_dim", "capacity"):
@@ -182,6 +182,12 @@ class ModelConfig:
           f"model.stages[{number - 1}].rule, for example 'word@1'."
         )
     return rules
+
+
+def with_attention(model: ModelConfig, choice: str) -> ModelConfig:
+  """The model with one attention kernel at every stage; nothing it learns."""
+  stages = [dataclasses.replace(s, attention=choice) for s in model.stages]
+  return dataclasses.replace(model, stages=tuple(stages))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -170,7 +170,7 @@ def _forward(
 
 
 def _block_pairs(stage: StageConfig) -> int:
-  """Pairs that `layers.attention` multiplies for one row, masked or not."""
+  """Pairs that `attention.blockwise` multiplies for one row, masked or not."""
   L = stage.capacity
   window = L if stage.window is None else min(stage.window, L)
   block = -(-window // 2)

@@ -1,4 +1,4 @@
-"""The Transformer block: RMSNorm, RoPE, windowed attention, SwiGLU.
+"""The Transformer block: RMSNorm, RoPE, attention, SwiGLU.
 
 As the official code's block (arXiv 2506.14761 Section 2 builds on lingua's):
 pre-norm, no biases, no norm after the last block of a stack. RoPE rotates the
@@ -6,9 +6,8 @@ two halves of a head instead of neighbouring pairs; the same function up to a
 fixed permutation of each head's query and key rows, and faster on
 accelerators (`lingua.py` permutes).
 
-Letters: B batch, L positions, M attended positions, D width, H query heads,
-G key/value heads, R query heads per key/value head, K head dim, F feed-forward,
-N blocks of C positions.
+Letters: B batch, L positions, D width, H query heads, G key/value heads, K head
+dim, F feed-forward.
 """
 
 import functools
@@ -18,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aunet_jax.attention import attention
 from aunet_jax.config import ModelConfig, StageConfig
 from aunet_jax.pooling import piece_positions
 
@@ -92,83 +92,6 @@ def apply_rope(x_BLHK: jax.Array, cos_BLJ, sin_BLJ) -> jax.Array:
   return jnp.concatenate(rotated, axis=-1).astype(x_BLHK.dtype)
 
 
-def attention(
-  q_BLHK: jax.Array,
-  k_BLGK: jax.Array,
-  v_BLGK: jax.Array,
-  documents_BL: jax.Array,
-  window: int | None,
-) -> jax.Array:
-  """Causal attention to the last `window` positions of the same document.
-
-  Position t sees key s iff 0 <= t - s < window and their documents are equal.
-  Exact; softmax in float32. Memory O(L * window): positions are cut into N
-  blocks of half a window, and a block sees itself and the two before it.
-
-  Returns: o_BLHK, dtype of v_BLGK.
-  """
-  B, L, H, K = q_BLHK.shape
-  G = k_BLGK.shape[2]
-  window = L if window is None else min(window, L)
-  block, back = -(-window // 2), 2  # `back` blocks hold the window - 1 before
-  if block * (back + 1) >= L:
-    block, back = L, 0
-  N = -(-L // block)
-
-  def blocks(x):  # (B, ..., L, K) -> (B, ..., N, C, K)
-    axis = x.ndim - 2
-    x = jnp.pad(
-      x, [(0, N * block - L) if i == axis else (0, 0) for i in range(x.ndim)]
-    )
-    return x.reshape(*x.shape[:axis], N, block, x.shape[-1])
-
-  def with_past(x_BGNCK):  # -> x_BGNMK, M = (back + 1) * C
-    shifted = [
-      jnp.pad(x_BGNCK[:, :, : N - j], ((0, 0), (0, 0), (j, 0), (0, 0), (0, 0)))
-      for j in range(back, 0, -1)
-    ]
-    return jnp.concatenate([*shifted, x_BGNCK], axis=3)
-
-  q_BGRLK = q_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
-  q_BGNRCK = blocks(q_BGRLK * K**-0.5).swapaxes(2, 3)
-  k_BGNMK = with_past(blocks(k_BLGK.swapaxes(1, 2)))
-  v_BGNMK = with_past(blocks(v_BLGK.swapaxes(1, 2)))
-
-  query_1C1 = jnp.arange(block)[None, :, None]
-  key_11M = jnp.arange((back + 1) * block)[None, None] - back * block
-  distance_1CM = query_1C1 - key_11M
-  first_N11 = jnp.arange(N)[:, None, None] * block
-  seen_NCM = (
-    (distance_1CM >= 0) & (distance_1CM < window) & (first_N11 + key_11M >= 0)
-  )
-  documents_B1NC1 = blocks(documents_BL[:, None, :, None])
-  documents_B1NM1 = with_past(documents_B1NC1)
-  same_B1NCM = documents_B1NC1 == documents_B1NM1.swapaxes(3, 4)
-  mask_B1N1CM = (same_B1NCM & seen_NCM[None, None])[:, :, :, None]
-
-  score_BGNRCM = jnp.einsum(
-    "BGNRCK,BGNMK->BGNRCM",
-    q_BGNRCK,
-    k_BGNMK,
-    preferred_element_type=jnp.float32,
-  )
-  score_BGNRCM = jnp.where(mask_B1N1CM, score_BGNRCM, -jnp.inf)
-  # Softmax, divided by its sum only after the sum over keys: K numbers a query
-  # instead of M. A query always sees itself, so the peak is finite.
-  peak_BGNRC1 = jax.lax.stop_gradient(score_BGNRCM.max(axis=-1, keepdims=True))
-  weight_BGNRCM = jnp.exp(score_BGNRCM - peak_BGNRC1)
-  total_BGNRC1 = weight_BGNRCM.sum(axis=-1, keepdims=True)
-  o_BGNRCK = jnp.einsum(
-    "BGNRCM,BGNMK->BGNRCK",
-    weight_BGNRCM.astype(v_BGNMK.dtype),
-    v_BGNMK,
-    preferred_element_type=jnp.float32,
-  )
-  o_BGNRCK = (o_BGNRCK / total_BGNRC1).astype(v_BGNMK.dtype)
-  o_BLHK = o_BGNRCK.transpose(0, 2, 4, 1, 3, 5).reshape(B, N * block, H, K)
-  return o_BLHK[:, :L]
-
-
 class Attention(nn.Module):
   stage: StageConfig
   dtype: jnp.dtype
@@ -202,7 +125,14 @@ class Attention(nn.Module):
     q_BLHK = nn.with_logical_constraint(
       q_BLHK, ("batch", "length", "heads", "head_dim")
     )
-    y_BLHK = attention(q_BLHK, k_BLGK, v_BLGK, documents_BL, self.stage.window)
+    y_BLHK = attention(
+      q_BLHK,
+      k_BLGK,
+      v_BLGK,
+      documents_BL,
+      self.stage.window,
+      self.stage.attention,
+    )
     return project(y_BLHK, o_HKD, num_in=2)
 
 

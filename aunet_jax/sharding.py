@@ -87,6 +87,35 @@ def num_batch_shards() -> int:
   return int(np.prod([sizes.get(axis, 1) for axis in BATCH_AXES]))
 
 
+def row_axes(num_rows: int) -> tuple[str, ...] | None:
+  """Axes of the context's mesh that rows are split over; None: they are not.
+
+  Rows that do not divide over the devices are computed on each.
+  """
+  axes = jax.sharding.get_abstract_mesh().axis_names
+  axes = tuple(axis for axis in BATCH_AXES if axis in axes)
+  return None if num_rows % num_batch_shards() else axes
+
+
+def axis_of(name: str) -> str | None:
+  """The axis of the context's mesh that splits a logical dim."""
+  axis = dict(RULES)[name]
+  return axis if axis in jax.sharding.get_abstract_mesh().axis_names else None
+
+
+def platform(mesh: Mesh | None = None) -> str:
+  """cpu, gpu or tpu: the devices of a mesh, by default of the context's.
+
+  Without any, the devices JAX puts arrays on by default.
+  """
+  mesh = (
+    jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+  )
+  device = mesh.abstract_device
+  name = jax.default_backend() if device is None else device.platform
+  return "gpu" if name in ("cuda", "rocm") else name
+
+
 def unbox(tree):
   """Strips Linen's partitioning metadata.
 

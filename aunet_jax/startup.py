@@ -11,7 +11,15 @@ from typing import NamedTuple
 import jax
 import optax
 
-from aunet_jax import checkpoint, data, metrics, optimizer, sharding, state
+from aunet_jax import (
+  attention,
+  checkpoint,
+  data,
+  metrics,
+  optimizer,
+  sharding,
+  state,
+)
 from aunet_jax.config import Config
 from aunet_jax.splitting import Splitter
 from aunet_jax.state import TrainState
@@ -186,6 +194,11 @@ def prepare(config: Config, workdir: Path) -> Setup:
 
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
+  kernels = attention.check(config.model.stages, sharding.platform(mesh))
+  say(
+    f"attention on {sharding.platform(mesh)}: "
+    + ", ".join(f"stage {i} {name}" for i, name in enumerate(kernels, start=1))
+  )
   tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   splitter = Splitter(config.model.rules)
   newest = checkpoint.choose(workdir, say)

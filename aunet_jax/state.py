@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from aunet_jax import sharding
 from aunet_jax.aunet import AUNet
-from aunet_jax.config import ModelConfig
+from aunet_jax.config import ModelConfig, with_attention
 
 
 class TrainState(struct.PyTreeNode):
@@ -22,7 +22,9 @@ class TrainState(struct.PyTreeNode):
 
 def init_params(config: ModelConfig, key: jax.Array):
   """Parameters with their logical dims (boxed), for one PRNG key."""
-  # Shapes of parameters do not depend on the row; a short one is cheap.
+  # Parameters depend neither on the row, where a short one is cheap, nor on
+  # the kernel, whose devices may not be the ones at hand.
+  config = with_attention(config, "xla")
   tokens_BL = jnp.zeros((1, 4), jnp.int32)
   return AUNet(config).init(key, tokens_BL, tokens_BL)["params"]
 

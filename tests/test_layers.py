@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from aunet_jax import layers, sharding
 from aunet_jax.config import ModelConfig, StageConfig
@@ -80,9 +78,6 @@ def test_rope_is_that_of_a_loop():
     np.testing.assert_allclose(y_BLHK[b, t, h], expected_K, atol=2e-4)
 
 
-# ----- attention ------------------------------------------------------------
-
-
 def attention_loop(q_BLHK, k_BLGK, v_BLGK, seen_BLM):
   """Softmax attention where a 0/1 matrix says which key a query sees."""
   B, L, H, K = q_BLHK.shape
@@ -96,66 +91,6 @@ def attention_loop(q_BLHK, k_BLGK, v_BLGK, seen_BLM):
     weight_M /= weight_M.sum()
     o_BLHK[b, t, h] = weight_M @ v_BLGK[b, keys, h // group]
   return o_BLHK
-
-
-def test_attention_sees_exactly_these_keys():
-  documents_BL = np.array([[5, 5, 5, 5, 9, 9, 9, 0]])
-  seen_BLM = np.array(
-    [
-      [
-        [1, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0],
-        [0, 1, 1, 1, 0, 0, 0, 0],
-        [0, 0, 0, 0, 1, 0, 0, 0],
-        [0, 0, 0, 0, 1, 1, 0, 0],
-        [0, 0, 0, 0, 1, 1, 1, 0],
-        [0, 0, 0, 0, 0, 0, 0, 1],
-      ]
-    ]
-  )
-  q_BLHK, k_BLGK, v_BLGK = normal(0, 1, 8, 4, 4), *normal(1, 2, 1, 8, 2, 4)
-  o_BLHK = layers.attention(q_BLHK, k_BLGK, v_BLGK, documents_BL, 3)
-  expected_BLHK = attention_loop(q_BLHK, k_BLGK, v_BLGK, seen_BLM)
-  np.testing.assert_allclose(o_BLHK, expected_BLHK, rtol=1e-5, atol=1e-5)
-
-
-L = 33
-ATTENTION = jax.jit(layers.attention, static_argnums=4)
-
-
-@settings(deadline=None, max_examples=8)
-@given(
-  lengths=st.lists(st.integers(1, 12), min_size=6, max_size=6),
-  seed=st.integers(0, 2**16),
-)
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 16, L, 100])
-def test_attention_is_that_of_a_loop(window, lengths, seed):
-  documents = np.repeat(np.arange(1, 7), lengths)[:L]
-  documents = np.pad(documents, (0, L - len(documents)))
-  documents_BL = np.stack([documents, np.roll(documents, 3)])
-  # A row may not use an id twice with another between; rolling may.
-  documents_BL[1, :3] += 100
-  q_BLHK, k_BLGK = normal(seed, 2, L, 4, 4), normal(seed + 1, 2, L, 2, 4)
-  v_BLGK = normal(seed + 2, 2, L, 2, 4)
-  seen_BLM = np.zeros((2, L, L), int)
-  for b, t, s in np.ndindex(2, L, L):
-    close = 0 <= t - s < (L if window is None else window)
-    seen_BLM[b, t, s] = close and documents_BL[b, t] == documents_BL[b, s]
-  o_BLHK = ATTENTION(q_BLHK, k_BLGK, v_BLGK, documents_BL, window)
-  expected_BLHK = attention_loop(q_BLHK, k_BLGK, v_BLGK, seen_BLM)
-  np.testing.assert_allclose(o_BLHK, expected_BLHK, rtol=1e-4, atol=1e-5)
-
-
-def test_attention_stays_finite_for_large_scores():
-  q_BLHK, k_BLGK = normal(0, 1, L, 4, 4) * 1e3, normal(1, 1, L, 2, 4) * 1e3
-  v_BLGK, documents_BL = normal(2, 1, L, 2, 4), np.ones((1, L), int)
-
-  def total(q_BLHK, k_BLGK, v_BLGK):
-    return layers.attention(q_BLHK, k_BLGK, v_BLGK, documents_BL, 5).sum()
-
-  grads = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q_BLHK, k_BLGK, v_BLGK)
-  assert all(np.isfinite(x).all() for x in grads)
 
 
 # ----- block and stack ------------------------------------------------------
