@@ -1,4 +1,4 @@
-"""Scaling-law studies: plan runs at equal compute, and run them.
+"""Scaling-law studies: plan runs at equal compute, run them, fit, draw.
 
   # what would be run; nothing is written
   python -m aunet_jax.scaling plan --models=byte,aunet2,aunet3 \\
@@ -21,6 +21,12 @@
   python -m aunet_jax.scaling run runs/study --jobs=2
   python -m aunet_jax.scaling run runs/study --print
 
+  # the laws behind what the runs reached, with intervals and warnings
+  python -m aunet_jax.scaling fit runs/study
+
+  # figures and a report of one file; anything that fit reads can be drawn
+  python -m aunet_jax.scaling plot runs/study --out=runs/study/report
+
 A run is continued from its checkpoint however it ended, and a cell that is done
 is never run again. docs/scaling.md says what is compared, and how.
 """
@@ -37,7 +43,16 @@ from pathlib import Path
 import jax
 
 from aunet_jax import config as config_lib
-from aunet_jax import laws, metrics, scaling_plan, scaling_run, sources
+from aunet_jax import (
+  laws,
+  metrics,
+  scaling_analysis,
+  scaling_collect,
+  scaling_plan,
+  scaling_report,
+  scaling_run,
+  sources,
+)
 
 
 def _numbers(text: str) -> list[float]:
@@ -142,6 +157,93 @@ def _add_plan_arguments(parser, sweeps: bool) -> None:
   add("--price_per_hour", type=float, help="of that machine, for the cost")
 
 
+_FITTING = {
+  "fit": (
+    "fit scaling laws to what the runs reached",
+    """Fits scaling laws to a study, with intervals, residuals and warnings.
+
+  # a study directory; --out keeps the table (numbers.jsonl) and fits.json
+  python -m aunet_jax.scaling fit runs/study --out=runs/study/report
+
+  # the same from the table alone, wherever the runs are
+  python -m aunet_jax.scaling fit runs/study/report/numbers.jsonl
+
+  # published points; the five highest losses left out, and listed
+  python -m aunet_jax.scaling fit chinchilla.csv --drop_highest=5
+
+Per model: loss against compute where a budget has one size; where it has
+several, IsoFLOP parabolas and L = E + A/N^alpha + B/D^beta, by the Huber loss
+and by variable projection. A run that is unfinished, diverged, or of other
+data or tokens is excluded with its reason. docs/scaling.md explains each.""",
+  ),
+  "plot": (
+    "draw a study: figures and one HTML report",
+    """Fits as `fit` does, and draws: PNG figures and report.html, one file that
+needs no network and no JavaScript.
+
+  python -m aunet_jax.scaling plot runs/study --out=runs/study/report
+
+  # make a committed study's fits and figures anew from its numbers
+  python -m aunet_jax.scaling plot docs/study/numbers.jsonl --out=docs/study
+
+The same numbers and options give the same numbers.jsonl, fits.json and
+report.html, byte for byte.""",
+  ),
+}
+
+
+def _add_fit_arguments(parser, out_required: bool) -> None:
+  add = parser.add_argument
+  add(
+    "source",
+    type=Path,
+    help="a study directory, a numbers.jsonl, or a .csv of published points",
+  )
+  add(
+    "--out",
+    type=Path,
+    required=out_required,
+    metavar="DIR",
+    help="where to write" + ("" if out_required else "; left out: only show"),
+  )
+  defaults = scaling_analysis.Options()
+  add(
+    "--size",
+    choices=scaling_analysis.SIZES,
+    help="what N counts (default: flops_per_byte where the table has it)",
+  )
+  add(
+    "--bootstrap",
+    type=_positive,
+    default=defaults.bootstrap,
+    help=f"refits behind an interval (default {defaults.bootstrap})",
+  )
+  add(
+    "--seed",
+    type=int,
+    default=defaults.seed,
+    help=f"of the resampling (default {defaults.seed})",
+  )
+  add(
+    "--drop",
+    default="",
+    metavar="ID,…",
+    help="runs to leave out of the fits; the report lists them",
+  )
+  add(
+    "--drop_highest",
+    type=int,
+    default=0,
+    metavar="N",
+    help="leave out the N highest losses of every model, and list them",
+  )
+  add(
+    "--drop_flagged",
+    action="store_true",
+    help="leave out what a published table marks in its column `outlier`",
+  )
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m aunet_jax.scaling",
@@ -173,6 +275,17 @@ def _parser() -> argparse.ArgumentParser:
     action="store_true",
     help="only print a training command for every cell that is not done",
   )
+  for name, (text, about) in _FITTING.items():
+    _add_fit_arguments(
+      commands.add_parser(
+        name,
+        help=text,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+      ),
+      out_required=name == "plot",
+    )
   return parser
 
 
@@ -331,12 +444,40 @@ def run(args: argparse.Namespace) -> int:
   return 75 if result["waiting"] else 0
 
 
+# ----- fit and plot ---------------------------------------------------------
+
+
+def fit(args: argparse.Namespace) -> None:
+  """Fits a table; shows the fits; writes them, and draws them for `plot`."""
+  options = scaling_analysis.Options(
+    size=args.size,
+    bootstrap=args.bootstrap,
+    seed=args.seed,
+    drop=tuple(part for part in args.drop.split(",") if part),
+    drop_highest=args.drop_highest,
+    drop_flagged=args.drop_flagged,
+  )
+  table = scaling_collect.load(args.source)
+  result = scaling_analysis.analyse(table, options)
+  print(scaling_report.summary(result))
+  if args.out is None:
+    return
+  args.out.mkdir(parents=True, exist_ok=True)
+  scaling_collect.write(table, args.out / scaling_collect.NUMBERS_FILE)
+  scaling_report.write_fits(result, args.out)
+  names = [scaling_collect.NUMBERS_FILE, scaling_analysis.FITS_FILE]
+  print(f"wrote {', '.join(names)} to {args.out}")
+
+
 def main(argv: list[str] | None = None) -> int:
   args = _parser().parse_args(argv)
   try:
     if args.command == "run":
       return run(args)
-    plan(args)
+    if args.command in _FITTING:
+      fit(args)
+    else:
+      plan(args)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
