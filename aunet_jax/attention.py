@@ -7,10 +7,13 @@ in memory and in where they run:
   xla     blocks of half a window in plain XLA; the reference, runs anywhere.
   splash  the TPU kernel that ships with JAX (Pallas); visits only the blocks
           of keys that a block of queries can see, stores no scores.
+  triton  the same for NVIDIA GPUs, ours (`attention_gpu.py`).
 
 `auto` picks by the platform of the devices that will run the program: those
 of the mesh in context, so that a program compiled ahead of time for TPUs on a
-CPU host gets the TPU's kernel.
+CPU host gets the TPU's kernel. No GPU kernel that JAX ships has windows and
+documents both: its cuDNN one takes documents only as a bias of L^2 numbers,
+its Pallas one has no window and no groups of heads.
 
 Letters: B batch, L positions, M attended positions, H query heads, G key/value
 heads, R query heads per key/value head, K head dim, N blocks of C positions.
@@ -24,11 +27,16 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
-from aunet_jax import sharding
+from aunet_jax import attention_gpu, sharding
 from aunet_jax.config import StageConfig
 
 # Kernel -> platforms it runs on; and what `auto` takes on a platform.
-PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "splash": ("tpu",)}
+PLATFORMS = {
+  "xla": ("cpu", "gpu", "tpu"),
+  "splash": ("tpu",),
+  "triton": ("gpu",),
+}
+# On GPUs, xla until triton has run on one: interpreted, it is exact.
 _AUTO = {"tpu": "splash"}
 
 # Padding of the kernels' last block: no document of a row has this id.
@@ -52,6 +60,23 @@ def pick(choice: str, platform: str, where: str = "attention") -> str:
       f"devices and these are {platform}; use 'auto' or {' or '.join(able)}."
     )
   return choice
+
+
+def describe(stages: Sequence[StageConfig], platform: str) -> str:
+  """One line for the log: the kernel of every stage, and why.
+
+  Raises: ValueError as `check`.
+  """
+  kernels = check(stages, platform)
+  line = f"attention on {platform}: " + ", ".join(
+    f"stage {number} {name}" for number, name in enumerate(kernels, start=1)
+  )
+  if platform == "gpu" and "auto" in [stage.attention for stage in stages]:
+    line += (
+      " (auto: triton, faster and smaller, has not run on a GPU yet; "
+      "--config.model.stages[0].attention=triton tries it)"
+    )
+  return line
 
 
 def check(stages: Sequence[StageConfig], platform: str) -> tuple[str, ...]:
@@ -82,6 +107,26 @@ def attention(
   """
   kernel = _KERNELS[pick(choice, sharding.platform())]
   return kernel(q_BLHK, k_BLGK, v_BLGK, documents_BL, window)
+
+
+def multiplied_pairs(kernel: str, length: int, window: int | None) -> int:
+  """(query, key) pairs of a row that a kernel multiplies, masked or not."""
+  window = length if window is None else min(window, length)
+  if kernel == "xla":
+    block = -(-window // 2)
+    if 3 * block >= length:
+      return length * length
+    return -(-length // block) * block * 3 * block
+  if kernel == "splash":
+    queries = keys = _splash_block(length)
+  else:
+    queries, keys = attention_gpu.BLOCK_C, attention_gpu.BLOCK_M
+  pairs = 0
+  for first in range(0, length, queries):
+    seen_from = max(0, first - window + 1) // keys * keys
+    seen_to = -(-(first + queries) // keys) * keys
+    pairs += queries * (seen_to - seen_from)
+  return pairs
 
 
 # ----- xla ------------------------------------------------------------------
@@ -164,7 +209,7 @@ def blockwise(
   return o_BLHK[:, :L]
 
 
-# ----- splash (TPU) ---------------------------------------------------------
+# ----- one device's part ----------------------------------------------------
 
 
 def per_device(kernel, q_BLHK, k_BLGK, v_BLGK, documents_BL) -> jax.Array:
@@ -182,6 +227,9 @@ def per_device(kernel, q_BLHK, k_BLGK, v_BLGK, documents_BL) -> jax.Array:
     out_specs=heads,
     check_vma=False,
   )(q_BLHK, k_BLGK, v_BLGK, documents_BL)
+
+
+# ----- splash (TPU) ---------------------------------------------------------
 
 
 def _splash_block(length: int) -> int:
@@ -255,4 +303,22 @@ def _splash_rows(q_BLHK, k_BLGK, v_BLGK, documents_BL, *, window, interpret):
   return o_BHLK.swapaxes(1, 2)[:, :L].astype(v_BLGK.dtype)
 
 
-_KERNELS = {"xla": blockwise, "splash": splash}
+# ----- triton (GPU) ---------------------------------------------------------
+
+
+def flash(
+  q_BLHK: jax.Array,
+  k_BLGK: jax.Array,
+  v_BLGK: jax.Array,
+  documents_BL: jax.Array,
+  window: int | None,
+  interpret: bool = False,
+) -> jax.Array:
+  """`attention` by our GPU kernel. `interpret`: on a CPU, for tests."""
+  kernel = functools.partial(
+    attention_gpu.flash_attention, window=window, interpret=interpret
+  )
+  return per_device(kernel, q_BLHK, k_BLGK, v_BLGK, documents_BL)
+
+
+_KERNELS = {"xla": blockwise, "splash": splash, "triton": flash}

@@ -26,7 +26,7 @@ VOCAB_SIZE = 258  # as the official code (facebookresearch/lingua, apps/aunet)
 
 UPSAMPLINGS = ("multi_linear", "repeat", "simple")
 REMATS = ("none", "dots", "full")
-ATTENTIONS = ("auto", "xla", "splash")
+ATTENTIONS = ("auto", "xla", "splash", "triton")
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("float32", "bfloat16")
 

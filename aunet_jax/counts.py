@@ -10,7 +10,8 @@ Three kinds of FLOPs, never mixed; a multiplication and an addition are two:
   paper    training FLOPs per byte by the official code's estimator (paper
            Section 2.3 and Appendix A): no transitions, full stages.
   padded   what the device runs: every slot, attention's whole key blocks,
-           multi-linear upsampling's padded groups.
+           multi-linear upsampling's padded groups. The kernels of CPUs, where
+           no platform is named.
   useful   the same products at real positions and unmasked keys only.
 
 Norms, softmax and other elementwise work are in none of them. Training is
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from aunet_jax import attention, grouped
 from aunet_jax import config as config_lib
 from aunet_jax.config import ModelConfig, StageConfig
 
@@ -169,14 +171,10 @@ def _forward(
   return tuple(result)
 
 
-def _block_pairs(stage: StageConfig) -> int:
-  """Pairs that `attention.blockwise` multiplies for one row, masked or not."""
-  L = stage.capacity
-  window = L if stage.window is None else min(stage.window, L)
-  block = -(-window // 2)
-  if 3 * block >= L:
-    return L * L
-  return -(-L // block) * block * 3 * block
+def _multiplied_pairs(stage: StageConfig, platform: str) -> int:
+  """Pairs that attention multiplies for one row, masked or not."""
+  kernel = attention.pick(stage.attention, platform)
+  return attention.multiplied_pairs(kernel, stage.capacity, stage.window)
 
 
 def _causal_pairs(stage: StageConfig) -> int:
@@ -186,25 +184,22 @@ def _causal_pairs(stage: StageConfig) -> int:
   return window * L - window * (window - 1) // 2
 
 
-def grouped_rows(
-  length: int, num_offsets: int, rows_per_device: int = 1
-) -> tuple[int, int]:
-  """(number of blocks, rows of a block) of `pooling.offset_matmul`."""
-  total = rows_per_device * length
-  block = max(16, total // 64)
-  return -(-total // block) + num_offsets, block
-
-
 def padded_forward_flops(
-  model: ModelConfig, rows_per_device: int = 1
+  model: ModelConfig, rows_per_device: int = 1, platform: str = "cpu"
 ) -> tuple[dict[str, float], ...]:
-  """Forward FLOPs a device runs for one row, by stage and kind."""
-  grouped = []
-  for length in model.capacities[:-1]:
-    num_blocks, block = grouped_rows(length, model.num_offsets, rows_per_device)
-    grouped.append(num_blocks * block / rows_per_device)
-  pairs = [_block_pairs(stage) for stage in model.stages]
-  return _forward(model, model.capacities, pairs, grouped)
+  """Forward FLOPs a device runs for one row, by stage and kind.
+
+  Args: platform: cpu, gpu or tpu; kernels differ in what they pad.
+  """
+  multiplied = [
+    grouped.rows_multiplied(
+      rows_per_device * length, model.num_offsets, platform
+    )
+    / rows_per_device
+    for length in model.capacities[:-1]
+  ]
+  pairs = [_multiplied_pairs(stage, platform) for stage in model.stages]
+  return _forward(model, model.capacities, pairs, multiplied)
 
 
 def useful_forward_flops(
@@ -236,9 +231,11 @@ def _total(stages: Sequence[dict[str, float]]) -> float:
   return sum(sum(kinds.values()) for kinds in stages)
 
 
-def train_flops_per_row(model: ModelConfig, rows_per_device: int = 1) -> float:
+def train_flops_per_row(
+  model: ModelConfig, rows_per_device: int = 1, platform: str = "cpu"
+) -> float:
   """Padded FLOPs of a row's forward and backward pass; remat not counted."""
-  return 3 * _total(padded_forward_flops(model, rows_per_device))
+  return 3 * _total(padded_forward_flops(model, rows_per_device, platform))
 
 
 def useful_train_flops(
@@ -288,7 +285,8 @@ def activation_bytes(model: ModelConfig) -> tuple[int, ...]:
     }[stage.remat]
     per_layer = L * values * size
     if stage.remat == "none":  # scores float32, weights in the compute dtype
-      per_layer += _block_pairs(stage) * stage.num_heads * (4 + size)
+      pairs = _multiplied_pairs(stage, "cpu")
+      per_layer += pairs * stage.num_heads * (4 + size)
     total = _layers(model, i) * per_layer
     if i == 0:
       total += L * model.vocab_size * 4 * 2  # logits and their gradient

@@ -194,11 +194,7 @@ def prepare(config: Config, workdir: Path) -> Setup:
 
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
-  kernels = attention.check(config.model.stages, sharding.platform(mesh))
-  say(
-    f"attention on {sharding.platform(mesh)}: "
-    + ", ".join(f"stage {i} {name}" for i, name in enumerate(kernels, start=1))
-  )
+  say(attention.describe(config.model.stages, sharding.platform(mesh)))
   tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   splitter = Splitter(config.model.rules)
   newest = checkpoint.choose(workdir, say)

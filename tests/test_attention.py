@@ -7,6 +7,7 @@ Letters: B batch, L positions, M attended positions, H query heads, G key/value
 heads, R query heads per key/value head, K head dim.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -31,6 +32,7 @@ from tests.test_layers import attention_loop, normal
 KERNELS = {
   "xla": attention.blockwise,
   "splash": functools.partial(attention.splash, interpret=True),
+  "triton": functools.partial(attention.flash, interpret=True),
 }
 
 
@@ -257,6 +259,30 @@ def test_auto_and_explicit_choices_by_platform():
   for name, platforms in attention.PLATFORMS.items():
     for platform in platforms:
       assert attention.pick(name, platform) == name
+
+
+def test_the_log_names_every_stage_and_why_gpus_keep_xla():
+  stage = StageConfig(dim=16, num_layers=1, head_dim=8, window=4, capacity=16)
+  stages = (stage, dataclasses.replace(stage, attention="xla"))
+  line = attention.describe(stages, "tpu")
+  assert line == "attention on tpu: stage 1 splash, stage 2 xla"
+  line = attention.describe(stages, "gpu")
+  assert line.startswith("attention on gpu: stage 1 xla, stage 2 xla (auto: ")
+  assert "has not run on a GPU" in line
+  assert "(" not in attention.describe(stages[1:], "gpu")
+
+
+@pytest.mark.parametrize("kernel", ["splash", "triton"])
+def test_multiplied_pairs_are_those_of_whole_blocks(kernel):
+  queries, keys = {"splash": (128, 128), "triton": (128, 64)}[kernel]
+  L, window = 128 * 3, 100
+  seen_LM = mask(np.ones((1, L), int), window)[0]
+  blocks = seen_LM.reshape(L // queries, queries, L // keys, keys)
+  met = blocks.any(axis=(1, 3)).sum()
+  pairs = attention.multiplied_pairs(kernel, L, window)
+  # splash takes one block of 384 where a row is that long.
+  expected = L * L if kernel == "splash" else met * queries * keys
+  assert pairs == expected
 
 
 def test_a_choice_that_cannot_run_names_stage_choice_and_remedy():

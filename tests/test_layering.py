@@ -6,7 +6,16 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "aunet_jax"
 # What the network may be made of; never data, checkpoints or command lines.
-MODEL = {"aunet", "layers", "attention", "pooling", "sharding", "config"}
+MODEL = {
+  "aunet",
+  "layers",
+  "attention",
+  "attention_gpu",
+  "pooling",
+  "grouped",
+  "sharding",
+  "config",
+}
 
 
 def imported(path: Path) -> set[str]:

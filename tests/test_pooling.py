@@ -155,12 +155,16 @@ def offset_inputs(seed, offsets):
   return x_BSE, slot_BL, offset_BL, kernel_OED
 
 
-@jax.jit
-def offset_matmul_and_gradients(x_BSE, kernel_OED, slot_BL, offset_BL):
+@functools.partial(jax.jit, static_argnames="interpret")
+def offset_matmul_and_gradients(
+  x_BSE, kernel_OED, slot_BL, offset_BL, interpret
+):
   """(y, dx, dkernel) for the loss sum(y^2) / 2."""
 
   def loss(x_BSE, kernel_OED):
-    y_BLD = pooling.offset_matmul(x_BSE, slot_BL, offset_BL, kernel_OED)
+    y_BLD = pooling.offset_matmul(
+      x_BSE, slot_BL, offset_BL, kernel_OED, interpret
+    )
     return (y_BLD**2).sum() / 2, y_BLD
 
   grad_fn = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -178,7 +182,8 @@ def offset_matmul_and_gradients(x_BSE, kernel_OED, slot_BL, offset_BL):
   [None, MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)],
   ids=["one_device", "data8", "data2_fsdp2_tensor2"],
 )
-def test_offset_matmul_is_that_of_a_loop(offsets, mesh):
+@pytest.mark.parametrize("interpret", [False, True], ids=["xla", "megablox"])
+def test_offset_matmul_is_that_of_a_loop(offsets, mesh, interpret):
   inputs = offset_inputs(0, list(offsets))
   x_BSE, slot_BL, offset_BL, kernel_OED = inputs
   context, put = contextlib.nullcontext(), jnp.asarray
@@ -190,7 +195,7 @@ def test_offset_matmul_is_that_of_a_loop(offsets, mesh):
     )
   with context, nn.logical_axis_rules(sharding.RULES):
     y_BLD, grad_BSE, grad_OED = offset_matmul_and_gradients(
-      put(x_BSE), kernel_OED, put(slot_BL), put(offset_BL)
+      put(x_BSE), kernel_OED, put(slot_BL), put(offset_BL), interpret
     )
   expected_BLD = offset_matmul_loop(*inputs)
   np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-5, atol=1e-5)
