@@ -148,7 +148,7 @@ class AUNet(nn.Module):
     x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "activation"))
     x_BLD = self._stage(0, x_BLD, levels_BL, documents_BL)
 
-    h_BLD = RMSNorm(config.norm_eps, param_dtype, name="norm")(x_BLD)
+    h_BLD = RMSNorm(config.head_eps, param_dtype, name="norm")(x_BLD)
     h_BLD = h_BLD if config.final_norm else x_BLD
     head_DV = self.param(
       "head", fan_in_init(D, ("activation", "vocab")), (D, V), param_dtype
@@ -207,7 +207,7 @@ class AUNet(nn.Module):
     target_BLD = embed_VD.astype(x_BLD.dtype)[targets_BL]
     h_BLD = jnp.concatenate([x_BLD, target_BLD], axis=-1)
     param_dtype = jnp.dtype(config.param_dtype)
-    h_BLD = RMSNorm(config.norm_eps, param_dtype, name="level_norm")(h_BLD)
+    h_BLD = RMSNorm(config.head_eps, param_dtype, name="level_norm")(h_BLD)
     width, P = h_BLD.shape[-1], config.num_stages
     init = fan_in_init(width, ("activation", "vocab"))
     kernel_DP = self.param("level_head", init, (width, P), param_dtype)

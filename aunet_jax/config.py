@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -127,6 +128,7 @@ class ModelConfig:
   parametric: bool = True  # False: pool and upsample without projections
   rope_theta: float = 500_000.0
   norm_eps: float = 1e-5
+  head_norm_eps: float | None = None  # before the heads; None = norm_eps
   document_mask: bool = True  # False: rows are one document (official code)
   final_norm: bool = True  # False: logits as the official evaluation's
   level_loss_weight: float = 0.0  # > 0 adds the level head and its loss
@@ -161,6 +163,12 @@ class ModelConfig:
     _check_range("model.vocab_size", self.vocab_size, VOCAB_SIZE)
     _check_positive("model.rope_theta", self.rope_theta)
     _check_positive("model.norm_eps", self.norm_eps)
+    _check_positive("model.head_norm_eps", self.head_eps)
+
+  @property
+  def head_eps(self) -> float:
+    eps = self.head_norm_eps
+    return self.norm_eps if eps is None else eps
 
   @property
   def num_stages(self) -> int:
@@ -413,12 +421,16 @@ def _from_values(cls, values, where: str):
       fields[key] = value
     else:
       raise ValueError(
-        f"{path}={value!r} is a {type(value).__name__}; it must be a "
+        f"{path}={value!r} is of type {type(value).__name__}; it must be "
         f"{kind.__name__}{' or None' if optional else ''}."
       )
   try:
     return cls(**fields)
   except TypeError as error:  # a required field is absent
+    raise ValueError(f"{where}: {error}") from None
+  except ValueError as error:
+    if cls is not StageConfig:  # the others name their fields in full
+      raise
     raise ValueError(f"{where}: {error}") from None
 
 
@@ -460,10 +472,48 @@ def _dict_of_json(path: str) -> ml_collections.ConfigDict:
   return _to_dict(Config, dataclasses.asdict(checked))
 
 
+def _settings(cls=Config, prefix: str = "") -> dict[str, str]:
+  """Every setting: its full name, "[]" for a stage's number -> last part."""
+  names = {}
+  for name, kind in typing.get_type_hints(cls).items():
+    if name == "stages":
+      names |= {prefix + name: name}
+      names |= _settings(StageConfig, f"{prefix}{name}[].")
+    elif dataclasses.is_dataclass(kind):
+      names |= _settings(kind, f"{prefix}{name}.")
+    else:
+      names[prefix + name] = name
+  return names
+
+
+def _check_overrides(args: Sequence[str]) -> None:
+  """Raises: ValueError naming an override of no setting, and the nearest."""
+  settings = _settings()
+  for arg in args:
+    if not arg.startswith("--config."):
+      continue
+    given = arg.removeprefix("--config.").partition("=")[0]
+    number = re.search(r"\[\d+\]", given)
+    name = re.sub(r"\[\d+\]", "[]", given)
+    if name in settings:
+      continue
+    # One misspelt, then one that stands in another group.
+    close = difflib.get_close_matches(name, settings, n=1, cutoff=0.8)
+    last = name.rpartition(".")[2]
+    for spelling in (last, *difflib.get_close_matches(last, settings.values())):
+      close += [n for n, end in settings.items() if end == spelling]
+    hint = ""
+    if close:
+      near = close[0].replace("[]", number[0] if number else "[1]")
+      hint = f" Did you mean --config.{near}?"
+    raise ValueError(f"--config.{given} is not a setting.{hint}")
+
+
 def parse_flags(args: Sequence[str]) -> Config:
   """Reads `--config=FILE` and `--config.a.b=VALUE` overrides.
 
-  FILE is Python with a `get_config`, or the config.json of a run.
+  FILE is Python with a `get_config`, or the config.json of a run. A VALUE of
+  None clears a setting that may be None.
 
   Raises: ValueError naming a misspelt or ill-typed override, with the nearest
     right key.
@@ -476,6 +526,10 @@ def parse_flags(args: Sequence[str]) -> Config:
         f"--config={path}: no such config file (.py, or the config.json of a "
         f"run)."
       )
+  _check_overrides(args)
+  # The flags would read "None" as text, or as no number.
+  cleared = [a for a in args if re.fullmatch(r"--config\..*=None", a)]
+  args = [a for a in args if a not in cleared]
   holder = flags.FlagValues()
   try:
     if whole and whole[-1].endswith(".json"):
@@ -494,18 +548,30 @@ def parse_flags(args: Sequence[str]) -> Config:
       )
     rest = holder(command)[1:]
     value = holder.config
-  except (AttributeError, KeyError, IndexError) as error:
-    reason = str(error).replace("\\n", " ").replace("\\'", "'")
-    reason = " ".join(reason.replace('"', "'").split()).strip("'")
-    raise ValueError(f"no such setting: {reason}") from None
+    if value is None:
+      raise ValueError(
+        "give a config, for example --config=configs/quickstart.py"
+      )
+    for arg in cleared:
+      group = value
+      *path, last = re.findall(r"\w+", arg.removesuffix("=None"))[1:]
+      for part in path:
+        group = group[int(part) if part.isdigit() else part]
+      group[last] = None
+  except IndexError:
+    raise ValueError(
+      f"{' '.join(a for a in [*args, *cleared] if '[' in a)}: no such stage; "
+      f"stages[0] is the byte stage, stages[1] the one below it."
+    ) from None
   except flags.Error as error:
     raise ValueError(str(error)) from None
+  except (AttributeError, KeyError, NameError) as error:  # its own mistake
+    reason = str(error).replace("\\n", " ").replace("\\'", "'")
+    if reason[:1] == reason[-1:]:
+      reason = reason[1:-1]  # a KeyError quotes its text
+    raise ValueError(f"{' '.join(whole)}: {reason}") from error
   except SyntaxError as error:
     raise ValueError(f"the config file does not parse: {error}") from None
   if rest:
     raise ValueError(f"unknown arguments: {' '.join(rest)}")
-  if value is None:
-    raise ValueError(
-      "give a config, for example --config=configs/quickstart.py"
-    )
   return from_config_dict(value)

@@ -2,7 +2,7 @@
 
     python -m aunet_jax.counts --config=configs/aunet2_1b.py
     python -m aunet_jax.counts --config=configs/aunet2_1b.py --json
-    python -m aunet_jax.counts --config=configs/aunet2_1b.py \
+    python -m aunet_jax.counts --config=configs/aunet2_1b.py \\
         --contraction=4.92 --config.model.upsampling=repeat
 
 Three kinds of FLOPs, never mixed; a multiplication and an addition are two:

@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     prog="python -m aunet_jax.evaluate",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog="the last line of the output is one JSON object; eos_counted says "
+    epilog="the last line of the output is one JSON object; eos_counted says\n"
     "that the nats of each document's EOS are in bits_per_byte.",
   )
   parser.add_argument("--workdir", required=True, help="a trained run")

@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
       "--prompt='def main'\n"
       "  … --temperature=0                    the most likely text\n"
       "  … --temperature=0.8 --top_p=0.95     livelier, few mistakes\n"
-      "  … --stop='\\n\\n' --samples=4        four paragraphs\n"
+      "  … --stop='\\n\\n' --samples=4          four paragraphs\n"
       "  … --interactive                      type, read, type on\n"
     ),
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,19 +34,26 @@ def make_parser() -> argparse.ArgumentParser:
   add = parser.add_argument
   add("--workdir", required=True, help="of a training run, or a conversion")
   add("--prompt", help="text to continue; left out: starts a document")
-  add("--max_bytes", type=int, default=400, help="bytes to generate at most")
+  add(
+    "--max_bytes",
+    type=int,
+    default=400,
+    help="bytes to generate at most (%(default)s)",
+  )
   add(
     "--temperature",
     type=float,
     default=0.8,
-    help="0 = always the most likely byte; 1 = as the model believes",
+    help="0 = always the most likely byte; 1 = as the model believes "
+    "(%(default)s)",
   )
   add("--top_k", type=int, help="draw from the k most likely bytes only")
   add(
     "--top_p",
     type=float,
     default=1.0,
-    help="draw from the fewest bytes that have this much probability",
+    help="draw from the fewest bytes that have this much probability "
+    "(%(default)s)",
   )
   add(
     "--min_p",
@@ -60,8 +67,13 @@ def make_parser() -> argparse.ArgumentParser:
     metavar="N",
     help="never write N bytes in a row that were written before",
   )
-  add("--seed", type=int, default=0, help="same seed, same text")
-  add("--samples", type=int, default=1, help="continuations to write")
+  add("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
+  add(
+    "--samples",
+    type=int,
+    default=1,
+    help="continuations to write (%(default)s)",
+  )
   add(
     "--stop",
     action="append",
@@ -79,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     choices=("rule", "head"),
     default="rule",
     help="what cuts the generated text into stages: the splitting rule, or "
-    "the level head of a model trained with one",
+    "the level head of a model trained with one (%(default)s)",
   )
   add("--int8", action="store_true", help="keep matrices as 8-bit integers")
   add("--json", action="store_true", help="one JSON object per sample instead")

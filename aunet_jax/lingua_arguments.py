@@ -94,12 +94,8 @@ def from_arguments(model_args: Mapping, vocab_size: int) -> ModelConfig:
   capacities = _capacities(
     _per_stage(model_args, "max_seqlens", P), block.get("max_seqlen") or 1
   )
-  norm_eps = _argument(block, "norm_eps", "model.block")
-  if model_args.get("norm_eps", norm_eps) != norm_eps:
-    raise ValueError(
-      f"model.norm_eps={model_args['norm_eps']} and model.block.norm_eps="
-      f"{norm_eps} differ; this package has one norm_eps for all norms."
-    )
+  norm_eps = float(_argument(block, "norm_eps", "model.block"))
+  head_norm_eps = float(model_args.get("norm_eps", norm_eps))
   upsampling, parametric = _upsampling(_argument(model_args, "pooling_type"))
   stages = tuple(
     StageConfig(
@@ -123,7 +119,8 @@ def from_arguments(model_args: Mapping, vocab_size: int) -> ModelConfig:
     num_offsets=NUM_OFFSETS,
     parametric=parametric,
     rope_theta=float(_argument(block, "rope_theta", "model.block")),
-    norm_eps=float(norm_eps),
+    norm_eps=norm_eps,
+    head_norm_eps=None if head_norm_eps == norm_eps else head_norm_eps,
     document_mask=False,
     level_loss_weight=float(model_args.get("lambda_level") or 0.0),
     dtype="float32",
@@ -173,7 +170,7 @@ def to_arguments(config: ModelConfig) -> dict:
     "pooling_type": pooling_type,
     "vocab_size": config.vocab_size,
     "lambda_level": config.level_loss_weight,
-    "norm_eps": config.norm_eps,
+    "norm_eps": config.head_eps,
   }
 
 

@@ -268,13 +268,13 @@ def at_offset(config, up_COD, offset_C):
 
 def logits(weights, config, h_CD):
   if config.final_norm:
-    h_CD = _rms_norm(h_CD, weights["norm"], config.norm_eps)
+    h_CD = _rms_norm(h_CD, weights["norm"], config.head_eps)
   return matmul(h_CD, weights["head"], jnp.float32)
 
 
 def predicted_level(weights, config, h_CD, byte_C):
   """The level head's choice for a byte, from the state that predicted it."""
   h_CD = jnp.concatenate([h_CD, weights["embed"][byte_C]], axis=-1)
-  h_CD = _rms_norm(h_CD, weights["level_norm"], config.norm_eps)
+  h_CD = _rms_norm(h_CD, weights["level_norm"], config.head_eps)
   level_logits_CP = matmul(h_CD, weights["level_head"], jnp.float32)
   return jnp.argmax(level_logits_CP, axis=-1).astype(jnp.int32)

@@ -51,6 +51,7 @@ def make_config(upsampling="multi_linear", parametric=True, num_stages=2):
     parametric=parametric,
     num_offsets=4,  # segments wrap around
     rope_theta=100.0,
+    head_norm_eps=0.01,
     dtype="float32",
   )
 
@@ -232,8 +233,8 @@ def reference(config, params, tokens_L, levels_L):
   """Logits of one document by loops, in float64; written from the paper."""
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
-  def norm(x_D, scale_D):
-    return x_D / np.sqrt((x_D**2).mean() + config.norm_eps) * scale_D
+  def norm(x_D, scale_D, eps=config.norm_eps):
+    return x_D / np.sqrt((x_D**2).mean() + eps) * scale_D
 
   def rotate(x_K, t):
     half = len(x_K) // 2
@@ -328,7 +329,8 @@ def reference(config, params, tokens_L, levels_L):
 
   levels_L = [config.num_stages - 1, *levels_L[1:]]
   x_LD = run_stage(0, [params["embed"][t] for t in tokens_L], levels_L)
-  h_LD = [norm(x_D, params["norm"]["scale"]) for x_D in x_LD]
+  scale_D, eps = params["norm"]["scale"], config.head_norm_eps
+  h_LD = [norm(x_D, scale_D, eps) for x_D in x_LD]
   return np.stack(h_LD) @ params["head"]
 
 

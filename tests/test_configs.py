@@ -73,3 +73,68 @@ def test_a_published_config_is_the_published_run(name):
       published.capacity,
       published.rule,
     )
+
+
+@pytest.mark.parametrize(
+  "override, message",
+  [
+    (
+      "--config.trian.num_steps=5",
+      "trian.num_steps is not a setting. Did you mean --config.train.num_steps",
+    ),
+    ("--config.num_steps=5", "Did you mean --config.train.num_steps"),
+    ("--config.learning_rat=1", "mean --config.optimizer.learning_rate"),
+    (
+      "--config.model.stages[1].hed_dim=64",
+      r"Did you mean --config.model.stages\[1\].head_dim",
+    ),
+    ("--config.model.stages[7].dim=64", r"stages\[7\].dim=64: no such stage"),
+    ("--config.model.stages[7].window=None", r"stages\[7\].*no such stage"),
+    ("--config.zzz=1", "--config.zzz is not a setting"),
+    ("--config.train.num_steps=abc", "num_steps=abc: invalid literal for int"),
+    ("--config.train.num_steps=1.5", "num_steps=1.5: invalid literal for int"),
+    ("--config.optimizer.learning_rate=high", "learning_rate=high.*float"),
+    ("--config.train.tensorboard=maybe", "tensorboard=maybe.*boolean"),
+    ("--config.optimizer.schedule=cosin", "Did you mean 'cosine'"),
+    ("--config.seed=None", "config.seed=None is of type NoneType; .* int"),
+    (
+      "--config.model.stages[1].dim=250",
+      r"model.stages\[1\]: dim=250 must be a multiple of head_dim=32",
+    ),
+    ("--confg.seed=1", "confg.seed"),
+    ("more", "unknown arguments: more"),
+  ],
+)
+def test_a_wrong_override_is_named(override, message):
+  with pytest.raises(ValueError, match=message):
+    config_lib.parse_flags(["--config=configs/quickstart.py", override])
+
+
+def test_an_override_can_clear_a_setting():
+  quickstart = "--config=configs/quickstart.py"
+  assert config_lib.parse_flags([quickstart]).model.stages[0].window
+  cleared = config_lib.parse_flags(
+    [quickstart, "--config.model.stages[0].window=None"]
+  )
+  assert cleared.model.stages[0].window is None
+
+
+@pytest.mark.parametrize(
+  "line, message",
+  [
+    ("c.modle.dtype = 'float32'", 'Did you mean "model"'),
+    ("c.model.dtyp = 'float32'", "config.model.dtyp is not a setting"),
+    ("c.seed = 'many'", "config.seed='many' is of type str; it must be int"),
+    ("c.seed = )", "does not parse"),
+    ("c.seed = sed", "sed"),
+  ],
+)
+def test_a_mistake_in_a_config_file_is_named(tmp_path, line, message):
+  path = tmp_path / "mine.py"
+  path.write_text(
+    "from aunet_jax import config\n\n\ndef get_config():\n"
+    "  c = config.default(stages=[config.stage(dim=64, num_layers=1,\n"
+    f"    head_dim=32, window=8, capacity=64)])\n  {line}\n  return c\n"
+  )
+  with pytest.raises(ValueError, match=message):
+    config_lib.parse_flags([f"--config={path}"])

@@ -61,6 +61,7 @@ def make_model(num_stages, **changes):
     ),
     dtype="float32",
     num_offsets=4,
+    head_norm_eps=0.1,
     **changes,
   )
 
