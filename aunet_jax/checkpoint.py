@@ -28,8 +28,10 @@ from aunet_jax.aunet import AUNet
 from aunet_jax.config import Config
 from aunet_jax.splitting import Splitter
 from aunet_jax.state import TrainState, init_params
+from aunet_jax.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"  # a copy; only where the model reads tokens
 CHECKPOINTS = "checkpoints"
 
 # Settings that do not change what is learned from which bytes. Everything
@@ -39,6 +41,7 @@ FREE_FIELDS = (
   "checkpoint.",
   "data.cache_dir",
   "data.num_workers",
+  "data.tokenizer",  # its content is compared, wherever the file is
   "data.max_skip_fraction",
   "train.log_every_steps",
   "train.eval_every_steps",
@@ -404,6 +407,7 @@ class Loaded(NamedTuple):
   splitter: Splitter
   config: Config
   step: int
+  tokenizer: Tokenizer | None = None  # None: the model reads bytes
 
 
 def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
@@ -413,8 +417,8 @@ def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
 
   Args: mesh: where to put the parameters; None = the first device.
   Raises: CheckpointError where there is no whole checkpoint, or the splitting
-    rule of this version of the package is not the one the model was trained
-    with.
+    rule of this version of the package, or the workdir's tokenizer.json, is
+    not the one the model was trained with.
   """
   config = read_config(workdir)
   directory = Path(workdir).absolute() / CHECKPOINTS
@@ -452,7 +456,30 @@ def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
   config = dataclasses.replace(
     config, model=config_lib.with_attention(config.model, "auto")
   )
-  return Loaded(AUNet(config.model), restored["params"], splitter, config, step)
+  tokenizer = None
+  if config.data.tokenizer is not None:
+    try:
+      tokenizer = Tokenizer(Path(workdir) / TOKENIZER_FILE)
+    except ValueError as error:
+      raise CheckpointError(f"the workdir's tokenizer: {error}") from None
+  check_tokenizer(restored["host"], tokenizer)
+  return Loaded(
+    AUNet(config.model), restored["params"], splitter, config, step, tokenizer
+  )
+
+
+def check_tokenizer(host: dict, tokenizer: Tokenizer | None) -> None:
+  """Raises: CheckpointError where it is not the one of the training run."""
+  trained = host.get("tokenizer_hash")
+  given = None if tokenizer is None else tokenizer.hash
+  if trained != given:
+    name = "bytes" if tokenizer is None else f"{tokenizer.path} (hash {given})"
+    raise CheckpointError(
+      f"the checkpoint was trained on "
+      f"{'bytes' if trained is None else f'tokens of tokenizer {trained}'}, "
+      f"but is now given {name}; restore the tokenizer.json it was trained "
+      f"with, or use another workdir."
+    )
 
 
 def check_splitter(host: dict, splitter: Splitter) -> None:

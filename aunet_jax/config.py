@@ -209,6 +209,7 @@ class DataConfig:
   heldout: typing.Any = None  # as train; None: a share of train's documents
   heldout_fraction: float = 0.02  # of documents, by a stable hash of the text
   text_field: str = "text"  # of JSONL objects and Parquet rows
+  tokenizer: str | None = None  # a tokenizer.json; None = read bytes
   cache_dir: str | None = None  # None = WORKDIR/data
   num_workers: int = 0  # Grain worker processes; 0 = in this process
   max_skip_fraction: float = 0.01  # of records; more bad ones stop the run
@@ -321,6 +322,13 @@ class Config:
 
   def __post_init__(self):
     _check_range("seed", self.seed, 0, 2**32 - 1)
+    if self.data.tokenizer is not None:
+      if self.model.num_stages > 1 or self.model.level_loss_weight > 0:
+        raise ValueError(
+          f"data.tokenizer={self.data.tokenizer!r} is for a model of one stage "
+          f"without level head, not of {self.model.num_stages} stages: "
+          f"splitting rules read bytes."
+        )
     longest = self.model.capacities[0] - 1
     if len(self.train.sample_prompt.encode()) >= longest:
       raise ValueError(

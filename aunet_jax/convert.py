@@ -276,6 +276,10 @@ def to_lingua(workdir: str | Path, target: str | Path) -> dict:
   target = Path(target)
   _format(target)
   loaded = checkpoint.load(workdir)
+  if loaded.tokenizer is not None:
+    raise ValueError(
+      f"{workdir} holds a model of tokens; the official code has none."
+    )
   model = loaded.config.model
   content = {
     "model": to_arguments(model),

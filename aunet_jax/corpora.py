@@ -1,8 +1,8 @@
 """Sources of a config -> packed corpora, built once and cached.
 
-The cache is keyed by files, splitting rules and capacities, built under a
-lock and put in place by one rename, so a build that dies leaves nothing that
-is ever used, and processes that share the directory build once.
+The cache is keyed by files, splitting rules, tokenizer and capacities, built
+under a lock and put in place by one rename, so a build that dies leaves nothing
+that is ever used, and processes that share the directory build once.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from aunet_jax import config, packing, reading, sources, store
+from aunet_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Corpus:
   def num_bytes(self) -> int:
     """Text bytes, BOS and EOS not counted."""
     return store.total(self.stores, "num_bytes")
+
+  @property
+  def bytes_per_unit(self) -> float:
+    """Text bytes of a token; 1 where rows are of bytes."""
+    if "num_tokens" not in self.stores[0].summary:
+      return 1.0
+    return self.num_bytes / store.total(self.stores, "num_tokens")
 
   @property
   def num_cuts(self) -> int:
@@ -130,6 +138,7 @@ def _build(
   heldout_fraction: float,
   splitter,
   capacities: Sequence[int],
+  tokenizer: Tokenizer | None,
   log,
 ) -> None:
   """Writes the stores `train` and, where documents fall to it, `heldout`."""
@@ -139,7 +148,7 @@ def _build(
     )
     writers = {
       name: stack.enter_context(
-        store.StoreWriter(directory / name, splitter, capacities)
+        store.StoreWriter(directory / name, splitter, capacities, tokenizer)
       )
       for name in ("train", "heldout")
     }
@@ -167,6 +176,7 @@ def _open_stores(
   heldout_fraction: float,
   splitter,
   capacities: Sequence[int],
+  tokenizer: Tokenizer | None,
   cache_dir: pathlib.Path,
   log,
 ) -> tuple[store.Store, store.Store | None, Counter]:
@@ -181,6 +191,8 @@ def _open_stores(
     heldout_fraction,
     cfg.max_skip_fraction,
   ]
+  if tokenizer is not None:
+    identity.append(tokenizer.hash)
   key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8)
   final = cache_dir / key.hexdigest()
   cache_dir.mkdir(parents=True, exist_ok=True)
@@ -196,7 +208,7 @@ def _open_stores(
         try:
           _build(
             partial, files, skips, cfg, heldout_fraction, splitter, capacities,
-            log,
+            tokenizer, log,
           )  # fmt: skip
         except BaseException:
           shutil.rmtree(partial, ignore_errors=True)
@@ -243,6 +255,11 @@ def _report(name: str, corpus: Corpus, log) -> None:
     f"{name}: {corpus.num_documents:,} documents, {corpus.num_bytes:,} bytes "
     f"in {corpus.num_rows:,} rows; slots filled per stage: {fill}; "
     f"documents continued in another row: {corpus.num_cuts:,}"
+    + (
+      f"; {corpus.bytes_per_unit:.3f} bytes a token"
+      if "num_tokens" in corpus.stores[0].summary
+      else ""
+    )
     + (f"; skipped: {corpus.skipped}" if corpus.skipped else "")
   )
 
@@ -270,13 +287,14 @@ def open_corpora(
     more bad records than `cfg.max_skip_fraction`.
   """
   packing.check_capacities(capacities, splitter)
+  tokenizer = None if cfg.tokenizer is None else Tokenizer(cfg.tokenizer)
   groups, weights = _mixture(cfg.train)
   fraction = cfg.heldout_fraction if cfg.heldout is None else 0.0
   cache_dir = pathlib.Path(cache_dir)
 
   def build(paths, fraction):
     return _open_stores(
-      paths, cfg, fraction, splitter, capacities, cache_dir, log
+      paths, cfg, fraction, splitter, capacities, tokenizer, cache_dir, log
     )
 
   built = [build(paths, fraction) for paths in groups]

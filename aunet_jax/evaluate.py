@@ -3,9 +3,9 @@
   python -m aunet_jax.evaluate --workdir=runs/quickstart --data='books/*.txt'
 
 The figure is total nats / (ln 2 * text bytes), EOS counted in the nats (see
-`loss.py`), never a mean of per-document means. Documents are packed into the
-rows the model was trained on; one longer than a row continues in the next as a
-fresh context.
+`loss.py`), never a mean of per-document means; for models of bytes and of
+tokens alike. Documents are packed into the rows the model was trained on; one
+longer than a row continues in the next as a fresh context.
 """
 
 import argparse
@@ -120,7 +120,12 @@ def evaluate_workdir(
   began = time.perf_counter()
   with tempfile.TemporaryDirectory() as cache:
     corpus, _ = data.open_corpora(
-      DataConfig(train=paths, heldout_fraction=0.0, text_field=text_field),
+      DataConfig(
+        train=paths,
+        heldout_fraction=0.0,
+        text_field=text_field,
+        tokenizer=loaded.tokenizer.path if loaded.tokenizer else None,
+      ),
       loaded.splitter,
       loaded.config.model.capacities,
       cache_dir=cache,

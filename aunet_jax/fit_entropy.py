@@ -161,9 +161,12 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(record, sources.Document) and total < args.max_bytes:
           documents.append(record.text[: args.max_bytes - total])
           total += len(documents[-1])
-    context_N, bits_N = model_entropies(
-      checkpoint.load(args.workdir), documents
-    )
+    loaded = checkpoint.load(args.workdir)
+    if loaded.tokenizer is not None:
+      raise ValueError(
+        f"{args.workdir} holds a model of tokens; entropies need one of bytes."
+      )
+    context_N, bits_N = model_entropies(loaded, documents)
     table = fit(context_N, bits_N, args.bytes_per_segment, args.mode)
     table.save(args.output)
   except (ValueError, OSError, checkpoint.CheckpointError) as error:

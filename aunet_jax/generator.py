@@ -145,10 +145,17 @@ class Generator:
 
   @classmethod
   def from_workdir(cls, workdir, *, mesh=None, int8=False) -> "Generator":
-    """Raises: CheckpointError where the workdir holds no model."""
+    """Raises: CheckpointError where the workdir holds no model, ValueError
+    where that model reads tokens."""
     from aunet_jax import checkpoint
 
     loaded = checkpoint.load(workdir, mesh)
+    if loaded.tokenizer is not None:
+      raise ValueError(
+        f"{workdir} holds a model of tokens, a baseline for bits per byte; "
+        f"only models of bytes can generate. Evaluate it with "
+        f"python -m aunet_jax.evaluate."
+      )
     return cls(
       loaded.config.model,
       loaded.params,

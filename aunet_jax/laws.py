@@ -405,23 +405,31 @@ def run_config(
   batch_bytes: float | None = None,
   learning_rate: float | None = None,
   byte_fill: float = 1.0,
+  bytes_per_unit: float | None = None,
 ) -> Config:
   """Trains `model` for `compute` FLOPs (without the head).
 
-  Args: batch_bytes, learning_rate: None = AU-Net's laws. byte_fill: share of a
-    row's positions that hold text.
+  Args: batch_bytes, learning_rate: None = the laws of AU-Net, or of BPE where
+    the model reads tokens. byte_fill: share of a row's positions that hold
+    text. bytes_per_unit: of a token; None = the model reads bytes.
   Warmup is Table 11's, or a fifth of the run where that is shorter.
   """
-  batch_bytes = batch_bytes or aunet_batch_bytes(compute)
-  row = model.capacities[0] * byte_fill
+  rate = aunet_learning_rate(compute)
+  batch = aunet_batch_bytes(compute)
+  if bytes_per_unit is not None:
+    rate = bpe_learning_rate(compute)
+    batch = bpe_batch_tokens(compute) * bytes_per_unit
+  batch_bytes = batch_bytes or batch
+  row = model.capacities[0] * byte_fill * (bytes_per_unit or 1.0)
   flops = counts.paper_flops_per_byte(model, head=False)
+  flops /= bytes_per_unit or 1.0
   batch_size = max(1, round(batch_bytes / row))
   num_steps = max(1, round(compute / flops / (batch_size * row)))
   return Config(
     model=model,
     train=config_lib.TrainConfig(num_steps=num_steps, batch_size=batch_size),
     optimizer=config_lib.OptimizerConfig(
-      learning_rate=learning_rate or aunet_learning_rate(compute),
+      learning_rate=learning_rate or rate,
       warmup_steps=min(WARMUP_STEPS, num_steps // 5),
     ),
   )

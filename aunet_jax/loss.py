@@ -2,7 +2,8 @@
 
 Bits per byte = total nats / (ln 2 * number of text bytes). The nats include
 the EOS of every document, as a codec must say where a document ends; EOS is
-not a byte, so it is not in the denominator.
+not a byte, so it is not in the denominator. So it is for tokens: their nats and
+EOS's over the bytes of text they stand for.
 """
 
 import math
@@ -24,10 +25,11 @@ def cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
 def count_targets(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Weighted targets (float32) and text bytes (int32) among them."""
   counted_BL = batch["weights"] > 0
-  is_byte_BL = counted_BL & (batch["targets"] != EOS)
-  return batch["weights"].sum(dtype=jnp.float32), is_byte_BL.sum(
-    dtype=jnp.int32
-  )
+  if "target_bytes" in batch:  # targets are tokens
+    bytes_BL = jnp.where(counted_BL, batch["target_bytes"], 0)
+  else:
+    bytes_BL = counted_BL & (batch["targets"] != EOS)
+  return batch["weights"].sum(dtype=jnp.float32), bytes_BL.sum(dtype=jnp.int32)
 
 
 def target_levels(

@@ -12,6 +12,8 @@ or loses boundaries. A document that fits what is left of a row is never cut.
 Which documents fill a row is a best-fit choice among a bounded window; one is
 cut only where none fits and more than `SLACK` of every stage is still empty.
 
+A document of tokens is packed likewise, token for byte; it has one stage.
+
 Shape suffixes: L positions of a row, S stages, W documents in the window.
 """
 
@@ -135,7 +137,7 @@ class _Pending:
   """What is left of a document that waits in the window."""
 
   document: int
-  text: np.ndarray  # uint8, the whole document
+  text: np.ndarray  # uint8, the whole document; or its tokens
   start: int  # first position not yet in a row
   state: np.ndarray
   all_levels: np.ndarray | None  # int8, of the whole text; None = use scan
@@ -169,7 +171,9 @@ class Packer:
     length = len(pending.text) + 1 - pending.start
     row_length = int(self._capacity_S[0])
     stop = pending.start + min(length, row_length) - 1
-    if pending.all_levels is None:
+    if len(self._capacity_S) == 1:  # one stage: there is nothing to split
+      pending.levels = np.zeros(stop - pending.start, np.int8)
+    elif pending.all_levels is None:
       pending.levels, _ = self._splitter.scan(
         pending.text[pending.start : stop], pending.state
       )
@@ -180,15 +184,19 @@ class Packer:
     return usage_S
 
   def add(
-    self, document: int, text: bytes, levels: np.ndarray | None
+    self,
+    document: int,
+    text: bytes | np.ndarray,
+    levels: np.ndarray | None,
   ) -> Iterator[list[Piece]]:
     """Takes a document; yields the rows that are then complete.
 
-    Args: levels: int8, of every byte, where the splitter has no state.
+    Args: text: its bytes; of a model of one stage, or its tokens. levels:
+      int8, of every byte, where the splitter has no state.
     """
     pending = _Pending(
       document=document,
-      text=np.frombuffer(text, np.uint8),
+      text=np.frombuffer(text, np.uint8) if isinstance(text, bytes) else text,
       start=0,
       state=self._splitter.start,
       all_levels=levels,
@@ -245,7 +253,7 @@ class Packer:
     count, usage_S = _longest(pending.levels, room_S)
     stop = pending.start + count
     piece = Piece(pending.document, pending.start, stop, pending.state)
-    if pending.all_levels is None:
+    if pending.all_levels is None and len(self._capacity_S) > 1:
       _, pending.state = self._splitter.scan(
         pending.text[pending.start : stop], pending.state
       )
@@ -257,23 +265,31 @@ class Packer:
 
 
 def fill_row(
-  pieces: Iterable[Piece], read, read_levels, splitter, length: int
+  pieces: Iterable[Piece],
+  read,
+  read_levels,
+  splitter,
+  length: int,
+  bos: int = config.BOS,
+  eos: int = config.EOS,
 ) -> dict[str, np.ndarray]:
   """The arrays of one row.
 
   Args:
     pieces: what stands in the row, in order.
     read: function of (document, start, stop) giving those bytes of a
-      document's text as uint8, cut off at its end.
+      document's text as uint8, or those tokens, cut off at its end.
     read_levels: as `read`, of levels as int8; for splitters without a state.
     splitter: the one the row was packed with.
     length: positions of the row, L.
+    bos, eos: the largest ids there are; a tokenizer has its own.
   Returns: integer arrays (L,), of types as small as the values allow; see
     `widen`. Padding is 0 in all of them.
   """
+  id_dtype = np.int16 if max(bos, eos) < 1 << 15 else np.int32
   row = {
-    "bytes": np.zeros(length, np.int16),
-    "targets": np.zeros(length, np.int16),
+    "bytes": np.zeros(length, id_dtype),
+    "targets": np.zeros(length, id_dtype),
     "levels": np.zeros(length, np.int8),
     "documents": np.zeros(length, np.min_scalar_type(length)),
   }
@@ -282,7 +298,7 @@ def fill_row(
     end = at + piece.stop - piece.start
     if piece.start == 0:
       text = read(piece.document, 0, piece.stop)
-      row["bytes"][at] = config.BOS
+      row["bytes"][at] = bos
     else:
       before = read(piece.document, piece.start - 1, piece.stop)
       row["bytes"][at], text = before[0], before[1:]
@@ -290,9 +306,11 @@ def fill_row(
     row["bytes"][at + 1 : end] = inside
     row["targets"][at : at + len(text)] = text
     if len(text) < piece.stop - piece.start:
-      row["targets"][end - 1] = config.EOS
+      row["targets"][end - 1] = eos
     row["levels"][at] = splitter.num_levels
-    if has_state(splitter):
+    if splitter.num_levels == 0:
+      levels = 0
+    elif has_state(splitter):
       levels, _ = splitter.scan(inside, piece.state)
     else:
       levels = read_levels(piece.document, piece.start, piece.stop - 1)
@@ -308,7 +326,8 @@ def widen(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   Returns: int32 arrays of the same shape: `bytes` (ids read, BOS at document
     starts), `targets` (ids to predict, EOS at document ends), `levels`,
     `documents` (1, 2, ... in order; 0 = padding) and `weights` (1 where there
-    is a target; 0 = padding).
+    is a target; 0 = padding). Rows of tokens have their ids for `bytes` and,
+    as `target_bytes`, how many bytes of text every target is.
   """
   wide = {name: array.astype(np.int32) for name, array in arrays.items()}
   wide["weights"] = (arrays["documents"] > 0).astype(np.int32)

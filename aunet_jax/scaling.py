@@ -53,6 +53,7 @@ from aunet_jax import (
   scaling_run,
   sources,
 )
+from aunet_jax.tokenizer import Tokenizer
 
 
 def _numbers(text: str) -> list[float]:
@@ -109,11 +110,12 @@ def _add_plan_arguments(parser, sweeps: bool) -> None:
   add("--seeds", type=_seeds, default=[0], help="joined by commas (default 0)")
   add("--data", help="text to train on, as config.data.train")
   add("--heldout", help="text to compare on, as config.data.heldout")
+  add("--tokenizer", help="tokenizer.json of bpe models")
   add(
     "--row_bytes",
     type=_positive,
     default=laws.CAPACITIES[0],
-    help="positions of a row, the same for all models (default 8192)",
+    help="bytes of a row, the same for all models (default 8192)",
   )
   if sweeps:
     add("--batch_bytes", type=_numbers, required=True, help="bytes of a step")
@@ -342,7 +344,10 @@ def plan(args: argparse.Namespace) -> None:
       raise ValueError(f"--{name}={value} must be above 0.")
   if args.study is not None and args.data is None:
     raise ValueError("--data is missing: name the text the study trains on.")
-  sample = scaling_plan.Sample(_absolute(args.data), args.row_bytes)
+  tokenizer = None
+  if args.tokenizer is not None:
+    tokenizer = Tokenizer(os.path.abspath(args.tokenizer))
+  sample = scaling_plan.Sample(_absolute(args.data), args.row_bytes, tokenizer)
   cells = scaling_plan.make_cells(
     args.models.split(","),
     args.budgets,
@@ -371,6 +376,7 @@ def plan(args: argparse.Namespace) -> None:
     "command": shlex.join(["python", "-m", "aunet_jax.scaling", *sys.argv[1:]]),
     "data": _absolute(args.data),
     "data_fingerprint": sample.fingerprint,
+    "tokenizer": None if tokenizer is None else tokenizer.path,
     "ratio": args.ratio,
     "flops_per_second": speed,
     "versions": {

@@ -24,15 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from aunet_jax import config as config_lib
-from aunet_jax import counts, laws, planner, prepare, sources
+from aunet_jax import counts, laws, packing, planner, prepare, sources
 from aunet_jax.config import Config, ModelConfig
 from aunet_jax.splitting import Splitter
+from aunet_jax.tokenizer import Tokenizer
 
 STUDY_FILE, CELL_FILE, PLAN_FILE = "study.json", "cell.json", "plan.json"
 # Compute of the smallest run behind the paper's laws, about (Section 2.3).
 LEAST_COMPUTE_OF_LAWS = 1e18
 SAMPLE_ROWS = 400  # of text, to measure how full rows get
-MODELS = "byte, aunet2, aunet3, aunet4, stride@N or FILE.py:FUNCTION"
+MODELS = "byte, bpe, aunet2, aunet3, aunet4, stride@N or FILE.py:FUNCTION"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class Cell:
   seed: int
   config: Config
   fill: tuple[float, ...]  # share of each stage's slots expected to be real
+  tokenizer: str | None = None  # hash; None = the model reads bytes
+  bytes_per_unit: float = 1.0  # of a token
 
   def to_json(self) -> dict:
     """Everything `cell.json` holds; FLOPs and bytes are of the whole run."""
@@ -55,7 +58,8 @@ class Cell:
       rows * s.capacity * fill
       for s, fill in zip(model.stages, self.fill, strict=True)
     ]
-    flops = counts.paper_flops_per_byte(model, head=False)
+    units, flops = positions[0], counts.paper_flops_per_byte(model, head=False)
+    with_head = counts.paper_flops_per_byte(model)
     return {
       "id": self.id,
       "model": self.model,
@@ -63,14 +67,16 @@ class Cell:
       "size": self.size,
       "seed": self.seed,
       "params": num_body_parameters(model),
-      "flops_per_byte": flops,
-      "bytes": positions[0],
-      "ratio": laws.data_to_model_ratio(positions[0], flops, 1.0),
+      "flops_per_byte": flops / self.bytes_per_unit,
+      "flops_per_byte_with_head": with_head / self.bytes_per_unit,
+      "bytes": units * self.bytes_per_unit,
+      "ratio": laws.data_to_model_ratio(units, flops, self.bytes_per_unit),
       "useful_flops": counts.useful_train_flops(model, positions),
       "padded_flops": rows * counts.train_flops_per_row(model),
       "learning_rate": self.config.optimizer.learning_rate,
-      "batch_bytes": train.batch_size * model.capacities[0] * self.fill[0],
-      "tokenizer": None,
+      "batch_bytes": units * self.bytes_per_unit / train.num_steps,
+      "tokenizer": self.tokenizer,
+      "bytes_per_token": self.bytes_per_unit if self.tokenizer else None,
     }
 
 
@@ -107,6 +113,11 @@ def ladder(name: str) -> list[ModelConfig]:
       return _stride(laws.ladder(2), int(argument))
   if name == "byte":
     return laws.ladder(1)
+  if name == "bpe":
+    return [
+      dataclasses.replace(model, vocab_size=laws.BPE_VOCAB_SIZE)
+      for model in laws.ladder(1)
+    ]
   if name in ("aunet2", "aunet3", "aunet4"):
     return laws.ladder(int(name[-1]))
   raise ValueError(f"--models: {name!r} is no model; use {MODELS}.")
@@ -141,18 +152,60 @@ def load_function(name: str) -> Callable[[float], Config]:
 class Sample:
   """Text of the corpus, to fit capacities to it. Without text, the paper's.
 
-  Args: paths: as data.train. row_bytes: positions of a row.
+  Args: paths: as data.train. row_bytes: positions of a row. tokenizer: of the
+    models that read tokens.
+  Attributes: bytes_per_token: of this text; without text, the paper's.
   Raises: ValueError for paths without text, or too little of it.
   """
 
-  def __init__(self, paths: str | None, row_bytes: int):
+  def __init__(
+    self,
+    paths: str | None,
+    row_bytes: int,
+    tokenizer: Tokenizer | None = None,
+  ):
     self.row_bytes, self.documents = row_bytes, None
+    self.tokenizer, self.bytes_per_token = tokenizer, laws.BYTES_PER_TOKEN
     self.fingerprint = None
     self._known = {}
     if paths is not None:
       files, _ = sources.list_sources(paths)
       self.fingerprint = fingerprint(paths)
       self.documents = prepare.sample(files, "text", SAMPLE_ROWS * row_bytes)
+    if tokenizer is not None and self.documents is not None:
+      self._tokens = [tokenizer.encode(text) for text in self.documents]
+      self.bytes_per_token = sum(map(len, self.documents)) / sum(
+        map(len, self._tokens)
+      )
+
+  def fit_tokens(
+    self, model: ModelConfig
+  ) -> tuple[ModelConfig, tuple[float, ...]]:
+    """As `fit`, for rows of tokens that hold as many bytes as the others.
+
+    Raises: ValueError where there is text, but no tokenizer for it.
+    """
+    length = max(2, round(self.row_bytes / self.bytes_per_token))
+    fill, vocab_size = 1.0, model.vocab_size
+    if self.documents is not None:
+      if self.tokenizer is None:
+        raise ValueError(
+          "--models=bpe reads tokens of your text: name a --tokenizer; "
+          "python -m aunet_jax.tokenizer makes one."
+        )
+      packer = packing.Packer(Splitter(()), [length])
+      rows = [
+        row
+        for number, tokens in enumerate(self._tokens)
+        for row in packer.add(number, tokens, None)
+      ]
+      rows += packer.finish()
+      fill = float(packer.used_S[0] / (len(rows) * length))
+      vocab_size = self.tokenizer.vocab_size
+    (stage,) = model.stages
+    stage = dataclasses.replace(stage, capacity=length)
+    model = dataclasses.replace(model, stages=(stage,), vocab_size=vocab_size)
+    return model, (fill,)
 
   def fit(self, model: ModelConfig) -> tuple[ModelConfig, tuple[float, ...]]:
     """The model for rows of this text, and the share of slots it fills."""
@@ -218,6 +271,7 @@ def make_cells(
   sweeps = len(batch_bytes) * len(learning_rates) > 1
   for budget in sorted(budgets):
     for name in models:
+      unit = sample.bytes_per_token if name == "bpe" else None
       for size, model, fill, base in _sized(name, budget, sizes, ratio, sample):
         for batch in batch_bytes:
           for rate in learning_rates:
@@ -230,7 +284,12 @@ def make_cells(
                 batch_bytes=batch,
                 learning_rate=rate,
                 byte_fill=fill[0],
+                bytes_per_unit=unit,
               )
+              tokenizer = sample.tokenizer if name == "bpe" else None
+              if tokenizer is not None:
+                source = config_lib.DataConfig(tokenizer=tokenizer.path)
+                config = dataclasses.replace(config, data=source)
               if sweeps:
                 rows = config.train.batch_size
                 cell += f"-b{rows}-lr{config.optimizer.learning_rate:.3g}"
@@ -245,6 +304,8 @@ def make_cells(
                   seed=seed,
                   config=finish(config, cell),
                   fill=fill,
+                  tokenizer=None if tokenizer is None else tokenizer.hash,
+                  bytes_per_unit=unit or 1.0,
                 )
               )
   twice = [
@@ -265,11 +326,14 @@ def _sized(name, budget, sizes, ratio, sample):
   if ":" in name:
     base = load_function(name)(budget)
     return [(1.0, base.model, (1.0,) * base.model.num_stages, base)]
-  fitted = [sample.fit(model) for model in ladder(name)]
+  tokens = name == "bpe"
+  fit = sample.fit_tokens if tokens else sample.fit
+  fitted = [fit(model) for model in ladder(name)]
   fills = {model: fill for model, fill in fitted}
   found = {}
   for size in sorted(sizes):
     wanted = size * laws.flops_per_byte_for(budget, ratio)
+    wanted *= sample.bytes_per_token if tokens else 1.0
     try:
       model = laws.nearest_model([model for model, _ in fitted], wanted)
     except ValueError as error:

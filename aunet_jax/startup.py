@@ -23,6 +23,7 @@ from aunet_jax import (
 from aunet_jax.config import Config
 from aunet_jax.splitting import Splitter
 from aunet_jax.state import TrainState
+from aunet_jax.tokenizer import Tokenizer
 
 EXIT_FAILED = 1  # the run failed; the same command may be tried again
 
@@ -159,6 +160,23 @@ def lock_workdir(workdir: Path):
     yield
 
 
+def open_tokenizer(config: Config) -> Tokenizer | None:
+  """The tokenizer of a config; None where it reads bytes.
+
+  Raises: ValueError where the model has another vocabulary.
+  """
+  if config.data.tokenizer is None:
+    return None
+  tokenizer = Tokenizer(config.data.tokenizer)
+  if config.model.vocab_size != tokenizer.vocab_size:
+    raise ValueError(
+      f"model.vocab_size={config.model.vocab_size}, but data.tokenizer="
+      f"{config.data.tokenizer!r} has {tokenizer.size} tokens and BOS and EOS; "
+      f"set model.vocab_size={tokenizer.vocab_size}."
+    )
+  return tokenizer
+
+
 class Setup(NamedTuple):
   """A run ready for its next step."""
 
@@ -181,8 +199,9 @@ def prepare(config: Config, workdir: Path) -> Setup:
 
   Order of a resume: 1. the newest whole checkpoint is chosen; 2. the config is
   compared with the workdir's; 3. the data opens; 4. the checkpoint is restored;
-  5. its splitting tables and data are compared; 6. the data iterator is set;
-  7. config.json is written; 8. the log loses its rows past the restored step.
+  5. its splitting tables, tokenizer and data are compared; 6. the data iterator
+  is set; 7. config.json is written; 8. the log loses its rows past the restored
+  step.
 
   Raises: ValueError, CheckpointError.
   """
@@ -197,6 +216,7 @@ def prepare(config: Config, workdir: Path) -> Setup:
   say(attention.describe(config.model.stages, sharding.platform(mesh)))
   tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   splitter = Splitter(config.model.rules)
+  tokenizer = open_tokenizer(config)
   newest = checkpoint.choose(workdir, say)
   check_workdir(workdir, config, newest, say)
 
@@ -222,6 +242,7 @@ def prepare(config: Config, workdir: Path) -> Setup:
   identity = {
     "splitter_hash": splitter.hash,
     "data_fingerprint": corpus.fingerprint,
+    "tokenizer_hash": None if tokenizer is None else tokenizer.hash,
   }
   if newest is None:
     train_state = state.create_state(config.model, tx, mesh, config.seed)
@@ -229,6 +250,8 @@ def prepare(config: Config, workdir: Path) -> Setup:
   else:
     train_state, host = saver.restore(newest, abstract, shardings)
     checkpoint.check_splitter(host, splitter)
+    if train_state.opt_state is not None:
+      checkpoint.check_tokenizer(host, tokenizer)
     if train_state.opt_state is None:  # a converted model: training is new
       train_state = state.with_params(
         train_state.params, config.model, tx, mesh
@@ -247,6 +270,9 @@ def prepare(config: Config, workdir: Path) -> Setup:
       say(f"continuing from checkpoint {int(train_state.step)}")
   if is_main:
     checkpoint.write_config(workdir, config)
+    if tokenizer is not None:
+      content = Path(tokenizer.path).read_bytes()
+      (workdir / checkpoint.TOKENIZER_FILE).write_bytes(content)
   log = metrics.Log(workdir, config, int(train_state.step), is_main)
   return Setup(
     config=config,

@@ -3,7 +3,9 @@
 A store is a directory: `text.bin` holds the documents end to end,
 `pieces.bin` every row's spans with the splitter's state at each (where it has
 none, `levels.bin` holds the level of every byte), and small index files tell
-where documents and rows begin. Rows are read with positioned
+where documents and rows begin. For a model that reads tokens, `tokens.bin`
+holds the documents' tokens, made once, `token_documents.bin` where each begins,
+and `token_bytes.bin` how many bytes every id is. Rows are read with positioned
 reads rather than a memory map, so memory stays flat however long a run is,
 and any thread or process may read any row.
 """
@@ -39,7 +41,10 @@ class StoreWriter:
   Used as a context, which closes the files; call `finish` before it ends.
   """
 
-  def __init__(self, directory: pathlib.Path, splitter, capacities):
+  def __init__(
+    self, directory: pathlib.Path, splitter, capacities, tokenizer=None
+  ):
+    """Args: tokenizer: None = rows of bytes."""
     directory.mkdir(parents=True)
     self._directory = directory
     self._splitter = splitter
@@ -59,8 +64,13 @@ class StoreWriter:
     self._stores_levels = not packing.has_state(splitter)
     if self._stores_levels:
       self._files["levels.bin"] = open(directory / "levels.bin", "wb")
+    self._tokenizer = tokenizer
+    if tokenizer is not None:
+      for name in ("tokens.bin", "token_documents.bin"):
+        self._files[name] = open(directory / name, "wb")
+      self._write_int("token_documents.bin", 0)
     self._content = hashlib.blake2b(digest_size=16)
-    self.num_documents = self.num_bytes = 0
+    self.num_documents = self.num_bytes = self._num_tokens = 0
     self._num_rows = self._num_pieces = 0
     self._write_int("documents.bin", 0)
     self._write_int("rows.bin", 0)
@@ -84,7 +94,13 @@ class StoreWriter:
     if self._stores_levels:
       levels = self._splitter.levels(text)
       self._files["levels.bin"].write(levels.tobytes())
-    self._write_rows(self._packer.add(self.num_documents, text, levels))
+    units = text
+    if self._tokenizer is not None:
+      units = self._tokenizer.encode(text)
+      self._files["tokens.bin"].write(units.tobytes())
+      self._num_tokens += len(units)
+      self._write_int("token_documents.bin", self._num_tokens)
+    self._write_rows(self._packer.add(self.num_documents, units, levels))
     self.num_documents += 1
     self.num_bytes += len(text)
     self._write_int("documents.bin", self.num_bytes)
@@ -100,13 +116,25 @@ class StoreWriter:
   def finish(self) -> None:
     """Packs what is left and puts everything safely on disk."""
     self._write_rows(self._packer.finish())
+    extra = {}
+    if self._tokenizer is not None:
+      extra = {
+        "tokenizer_hash": self._tokenizer.hash,
+        "bos": self._tokenizer.bos,
+        "eos": self._tokenizer.eos,
+        "token_dtype": self._tokenizer.dtype.str,
+        "num_tokens": self._num_tokens,
+      }
+      table = self._tokenizer.num_bytes.astype("<i4")
+      (self._directory / "token_bytes.bin").write_bytes(table.tobytes())
     for file in self._files.values():
       file.flush()
       os.fsync(file.fileno())
     identity = hashlib.blake2b(self._content.digest(), digest_size=16)
-    identity.update(
-      json.dumps([FORMAT, self._splitter.hash, self._capacities]).encode()
-    )
+    how = [FORMAT, self._splitter.hash, self._capacities]
+    if self._tokenizer is not None:
+      how.append(self._tokenizer.hash)
+    identity.update(json.dumps(how).encode())
     summary = {
       "format": FORMAT,
       "fingerprint": identity.hexdigest(),
@@ -118,6 +146,7 @@ class StoreWriter:
       "num_bytes": self.num_bytes,
       "num_cuts": self._num_pieces - self.num_documents,
       "used": self._packer.used_S.tolist(),
+      **extra,
     }
     path = self._directory / "summary.json"
     with open(path, "w") as file:
@@ -131,7 +160,8 @@ class Store:
 
   Attributes:
     summary: counts of the whole: num_rows, num_documents, num_bytes, num_cuts,
-      used (slots per stage), fingerprint, splitter_hash, capacities.
+      used (slots per stage), fingerprint, splitter_hash, capacities; of tokens
+      also num_tokens, tokenizer_hash, bos, eos.
   """
 
   def __init__(self, directory: str | os.PathLike, splitter):
@@ -151,6 +181,17 @@ class Store:
     if not packing.has_state(self._splitter):
       self._levels = self._open("levels.bin")
     self._documents = self._map("documents.bin", "<i8")
+    self._reads_tokens = "tokenizer_hash" in self.summary
+    if self._reads_tokens:
+      self._tokens = self._open("tokens.bin")
+      self._token_dtype = np.dtype(self.summary["token_dtype"])
+      self._token_documents = self._map("token_documents.bin", "<i8")
+      self._token_bytes = self._map("token_bytes.bin", "<i4")
+      found = os.fstat(self._tokens).st_size // self._token_dtype.itemsize
+      if found != self.summary["num_tokens"]:
+        raise ValueError(
+          f"it holds {found} tokens, not {self.summary['num_tokens']}"
+        )
     self._rows = self._map("rows.bin", "<i8")
     self._pieces = self._map(
       "pieces.bin", _piece_dtype(self.summary["state_size"])
@@ -188,6 +229,15 @@ class Store:
     text = os.pread(self._text, wanted, begin + start)
     return np.frombuffer(text, np.uint8)
 
+  def _read_tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+    """As `_read`, of tokens."""
+    begin = int(self._token_documents[document])
+    end = int(self._token_documents[document + 1])
+    wanted = min(begin + stop, end) - begin - start
+    size = self._token_dtype.itemsize
+    raw = os.pread(self._tokens, wanted * size, (begin + start) * size)
+    return np.frombuffer(raw, self._token_dtype)
+
   def _read_levels(self, document: int, start: int, stop: int) -> np.ndarray:
     begin = int(self._documents[document]) + start
     return np.frombuffer(os.pread(self._levels, stop - start, begin), np.int8)
@@ -201,10 +251,23 @@ class Store:
 
   def row(self, index: int) -> dict[str, np.ndarray]:
     """The arrays of a row, 0 <= index < num_rows; see `packing.fill_row`."""
-    length = self.summary["capacities"][0]
-    return packing.fill_row(
-      self.pieces(index), self._read, self._read_levels, self._splitter, length
+    length, pieces = self.summary["capacities"][0], self.pieces(index)
+    if not self._reads_tokens:
+      return packing.fill_row(
+        pieces, self._read, self._read_levels, self._splitter, length
+      )
+    row = packing.fill_row(
+      pieces,
+      self._read_tokens,
+      self._read_levels,
+      self._splitter,
+      length,
+      self.summary["bos"],
+      self.summary["eos"],
     )
+    sizes = self._token_bytes[row["targets"]]
+    row["target_bytes"] = np.where(row["documents"] > 0, sizes, 0)
+    return row
 
   def documents(self) -> Iterator[tuple[str, bytes]]:
     """(name, text) of every document, in the order of the sources."""

@@ -400,6 +400,9 @@ def print_sample(setup: Setup) -> None:
   if jax.process_count() > 1:  # one process cannot read a sharded model alone
     setup.log.say("sample: python -m aunet_jax.generate shows one.")
     return
+  if setup.config.data.tokenizer is not None:
+    setup.log.say("sample: none; only models of bytes can generate.")
+    return
   generator = Generator.from_workdir(setup.workdir)
   prompt = config.sample_prompt.encode()
   room = setup.config.model.capacities[0] - len(prompt) - 1

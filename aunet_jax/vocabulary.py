@@ -172,7 +172,7 @@ def read_tokens(path: str) -> list[bytes]:
   return tokens
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
   """The characters by which byte-level BPE writes bytes.
 
   Printable characters of Latin-1 stand for themselves; the other bytes, in
@@ -192,7 +192,7 @@ def _read_tokenizer_json(values: dict) -> list[bytes]:
   pieces = [token for token in vocabulary if token not in special]
   parts = (values.get("pre_tokenizer"), values.get("decoder"))
   if '"ByteLevel"' in json.dumps(parts):
-    alphabet = _byte_level_alphabet()
+    alphabet = byte_level_alphabet()
     return [bytes(alphabet[c] for c in piece) for piece in pieces]
   tokens = []
   for piece in pieces:
