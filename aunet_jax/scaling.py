@@ -108,6 +108,13 @@ def _add_plan_arguments(parser, sweeps: bool) -> None:
     help="data-to-model ratio that sets sizes (default: the paper's 10)",
   )
   add("--seeds", type=_seeds, default=[0], help="joined by commas (default 0)")
+  add(
+    "--single_seed_above",
+    type=float,
+    default=float("inf"),
+    metavar="FLOPS",
+    help="budgets above it have only the first seed",
+  )
   add("--data", help="text to train on, as config.data.train")
   add("--heldout", help="text to compare on, as config.data.heldout")
   add("--tokenizer", help="tokenizer.json of bpe models")
@@ -138,6 +145,11 @@ def _add_plan_arguments(parser, sweeps: bool) -> None:
       type=_numbers,
       default=[None],
       help="one, or several to sweep (default: the paper's law)",
+    )
+    add(
+      "--laws",
+      metavar="FILE",
+      help="laws of your own by model, JSON; docs/scaling.md shows one",
     )
   add(
     "--set",
@@ -348,6 +360,8 @@ def plan(args: argparse.Namespace) -> None:
   if args.tokenizer is not None:
     tokenizer = Tokenizer(os.path.abspath(args.tokenizer))
   sample = scaling_plan.Sample(_absolute(args.data), args.row_bytes, tokenizer)
+  path = getattr(args, "laws", None)
+  own_laws = {} if path is None else scaling_plan.read_laws(path)
   cells = scaling_plan.make_cells(
     args.models.split(","),
     args.budgets,
@@ -355,8 +369,10 @@ def plan(args: argparse.Namespace) -> None:
     sizes=getattr(args, "sizes", [1.0]),
     ratio=args.ratio,
     seeds=args.seeds,
+    single_seed_above=args.single_seed_above,
     batch_bytes=args.batch_bytes,
     learning_rates=args.learning_rates,
+    own_laws=own_laws,
     finish=_finisher(args),
   )
   speed = args.flops_per_second
@@ -368,7 +384,7 @@ def plan(args: argparse.Namespace) -> None:
     print(f"measured {speed:.3g} padded FLOPs a second on {middle.id}")
   print(show_plan(cells, speed, args.price_per_hour))
   free = args.batch_bytes == [None] or args.learning_rates == [None]
-  for line in scaling_plan.warnings_of(cells, free):
+  for line in scaling_plan.warnings_of(cells if free else (), own_laws):
     print(f"warning: {line}")
   if args.study is None:
     return

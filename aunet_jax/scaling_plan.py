@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -146,6 +146,56 @@ def load_function(name: str) -> Callable[[float], Config]:
   )
 
 
+# ----- laws of one's own ----------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnLaws:
+  """Batch and learning rate of a model as (a, b) of a C^b; None = the paper's.
+
+  budgets: lowest and highest C they were fitted to; None = not said.
+  """
+
+  batch_bytes: tuple[float, float] | None = None
+  learning_rate: tuple[float, float] | None = None
+  budgets: tuple[float, float] | None = None
+
+  def at(self, name: str, compute: float) -> float | None:
+    law = getattr(self, name)
+    return None if law is None else law[0] * compute ** law[1]
+
+
+def read_laws(path: str) -> dict[str, OwnLaws]:
+  """Laws by model from a JSON file.
+
+  {"byte": {"learning_rate": [3.1, -0.18], "batch_bytes": [2048, 0],
+            "budgets": [1e14, 1e16]}}
+  Raises: ValueError naming what is wrong with it.
+  """
+  names = [field.name for field in dataclasses.fields(OwnLaws)]
+  try:
+    with open(path) as file:
+      values = json.load(file)
+  except (OSError, ValueError) as error:
+    raise ValueError(f"--laws={path} cannot be read: {error}") from None
+  if not isinstance(values, dict):
+    raise ValueError(f"--laws={path} must hold an object of models.")
+  result = {}
+  for model, laws_of in values.items():
+    where = f"--laws={path}: {model}"
+    if not isinstance(laws_of, dict) or set(laws_of) - set(names):
+      raise ValueError(f"{where} must be an object of {', '.join(names)}.")
+    for name, pair in laws_of.items():
+      good = isinstance(pair, list) and len(pair) == 2
+      good = good and all(type(v) in (int, float) for v in pair)
+      if not good or not (pair[0] > 0 and all(map(math.isfinite, pair))):
+        raise ValueError(
+          f"{where}.{name}={pair} must be two numbers, the first above 0."
+        )
+    result[model] = OwnLaws(**{k: tuple(v) for k, v in laws_of.items()})
+  return result
+
+
 # ----- the data behind a plan -----------------------------------------------
 
 
@@ -253,8 +303,10 @@ def make_cells(
   sizes: Sequence[float] = (1.0,),
   ratio: float = laws.SCALING_RATIO,
   seeds: Sequence[int] = (0,),
+  single_seed_above: float = math.inf,
   batch_bytes: Sequence[float | None] = (None,),
   learning_rates: Sequence[float | None] = (None,),
+  own_laws: Mapping[str, OwnLaws] | None = None,
   finish: Callable[[Config, str], Config] = lambda config, cell: config,
 ) -> list[Cell]:
   """Every run of a study, cheapest budget first.
@@ -262,27 +314,37 @@ def make_cells(
   Args:
     sizes: of an IsoFLOP grid: FLOPs per byte over what the ratio asks for.
       Sizes for which the ladder has the same model make one cell.
+    single_seed_above: budgets above it have the first seed alone.
     batch_bytes, learning_rates: None = the laws.
+    own_laws: by model, where they are not to be the paper's.
     finish: sees every config with its cell's id last.
   Raises: ValueError naming what cannot be planned.
   """
   cells = []
+  own_laws = own_laws or {}
+  unknown = sorted(set(own_laws) - set(models))
+  if unknown:
+    raise ValueError(
+      f"the laws are of {', '.join(unknown)}, not among --models="
+      f"{','.join(models)}."
+    )
   several = len(sizes) > 1
   sweeps = len(batch_bytes) * len(learning_rates) > 1
   for budget in sorted(budgets):
     for name in models:
       unit = sample.bytes_per_token if name == "bpe" else None
+      own = own_laws.get(name, OwnLaws())
       for size, model, fill, base in _sized(name, budget, sizes, ratio, sample):
         for batch in batch_bytes:
           for rate in learning_rates:
-            for seed in seeds:
+            for seed in seeds if budget <= single_seed_above else seeds[:1]:
               cell = f"{_slug(name)}-{budget:.3g}".replace("+", "")
               cell += f"-x{size:g}" if several else ""
               config = base or laws.run_config(
                 model,
                 budget,
-                batch_bytes=batch,
-                learning_rate=rate,
+                batch_bytes=batch or own.at("batch_bytes", budget),
+                learning_rate=rate or own.at("learning_rate", budget),
                 byte_fill=fill[0],
                 bytes_per_unit=unit,
               )
@@ -342,24 +404,42 @@ def _sized(name, budget, sizes, ratio, sample):
   return [(size, model, fills[model], None) for model, size in found.items()]
 
 
-def warnings_of(cells: Sequence[Cell], free: bool) -> list[str]:
-  """What a plan rests on that nobody has measured.
+def warnings_of(
+  cells: Sequence[Cell], own_laws: Mapping[str, OwnLaws]
+) -> list[str]:
+  """What a plan's batches and learning rates rest on that nobody has measured.
 
-  Args: free: batch and learning rate come from the laws.
+  Args: cells: those that follow laws. own_laws: as in `make_cells`.
   """
   lines = []
-  small = sorted({c.budget_flops for c in cells} - {math.inf})
-  small = [b for b in small if b < LEAST_COMPUTE_OF_LAWS]
-  if small and free:
+  papers, small = set(), set()
+  for cell in cells:
+    own = own_laws.get(cell.model, OwnLaws())
+    if ":" in cell.model:  # the user's own function sets both
+      continue
+    if own.batch_bytes is None or own.learning_rate is None:
+      papers.add(cell.model)
+      if cell.budget_flops < LEAST_COMPUTE_OF_LAWS:
+        small.add(cell.budget_flops)
+    low, high = own.budgets or (0, math.inf)
+    if not low <= cell.budget_flops <= high:
+      line = (
+        f"the laws given for {cell.model} were fitted to {low:.3g} to "
+        f"{high:.3g} FLOPs; {cell.budget_flops:.3g} is outside."
+      )
+      lines += [] if line in lines else [line]
+  if small:
     lines.append(
       f"batch and learning rate extrapolate the paper's laws from about "
-      f"{LEAST_COMPUTE_OF_LAWS:.0e} down to {small[0]:.3g} FLOPs; sweep them "
-      f"with `hp`, or set --batch_bytes and --learning_rate."
+      f"{LEAST_COMPUTE_OF_LAWS:.0e} down to {min(small):.3g} FLOPs; sweep them "
+      f"with `hp`, and give what you find as --laws, or --batch_bytes and "
+      f"--learning_rates."
     )
-  if free and any(c.model in ("byte", "aunet4") for c in cells):
+  unlawful = sorted(papers - {"bpe", "aunet2", "aunet3"})
+  if unlawful:
     lines.append(
-      "byte and aunet4 have no laws of their own: they use AU-Net's, which "
-      "were fitted to two and three stages."
+      f"the paper has no laws for {', '.join(unlawful)}: AU-Net's are used, "
+      f"which were fitted to two and three stages."
     )
   return lines
 

@@ -51,6 +51,21 @@ def test_the_papers_budgets_give_the_papers_runs(num_stages):
     assert planned["bytes"] == pytest.approx(run.units, rel=0.01)
 
 
+def test_dear_budgets_may_have_one_seed():
+  cells = scaling_plan.make_cells(
+    ["aunet2"],
+    [1e18, 1e19],
+    sample=scaling_plan.Sample(None, 8192),
+    seeds=[3, 4],
+    single_seed_above=1e18,
+  )
+  assert [(c.budget_flops, c.seed) for c in cells] == [
+    (1e18, 3),
+    (1e18, 4),
+    (1e19, 3),
+  ]
+
+
 def test_isoflop_cells_spend_one_budget_on_several_sizes():
   cells = scaling_plan.make_cells(
     ["aunet2", "byte", "stride@4"],
@@ -209,3 +224,48 @@ def test_a_config_is_read_from_json_as_from_python(tmp_path):
   path.write_text("{")
   with pytest.raises(ValueError, match="config.json"):
     config.parse_flags([f"--config={path}"])
+
+
+def test_laws_of_ones_own_are_followed(tmp_path, capsys):
+  path = tmp_path / "laws.json"
+  laws_of = {"learning_rate": [2.0, -0.1], "batch_bytes": [16384, 0]}
+  path.write_text(json.dumps({"byte": laws_of | {"budgets": [1e18, 1e19]}}))
+  own_laws = scaling_plan.read_laws(str(path))
+  byte, aunet = scaling_plan.make_cells(
+    ["byte", "aunet2"],
+    [1e19],
+    sample=scaling_plan.Sample(None, 8192),
+    own_laws=own_laws,
+  )
+  assert byte.config.optimizer.learning_rate == pytest.approx(2.0 * 1e19**-0.1)
+  assert byte.config.train.batch_size == 2
+  rate = laws.aunet_learning_rate(1e19)
+  assert aunet.config.optimizer.learning_rate == pytest.approx(rate)
+
+  flags = ("--models=byte,aunet2", f"--laws={path}")
+  assert plan(*flags, "--budgets=1e18,1e20") == 0
+  out = capsys.readouterr().out
+  assert "byte were fitted to 1e+18 to 1e+19 FLOPs; 1e+20 is outside" in out
+  assert "no laws for" not in out
+  assert plan("--models=byte", "--budgets=1e17") == 0
+  assert "no laws for byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ("{", "cannot be read"),
+    ("[]", "object of models"),
+    ('{"byte": {"rate": [1, 2]}}', "must be an object of batch_bytes"),
+    ('{"byte": {"learning_rate": [-1, 2]}}', "byte.learning_rate=[-1, 2]"),
+    ('{"byte": {"learning_rate": 3}}', "byte.learning_rate=3"),
+    ('{"bpe": {"learning_rate": [1, 0]}}', "laws are of bpe"),
+  ],
+)
+def test_laws_that_cannot_be_followed_are_named(
+  content, message, tmp_path, capsys
+):
+  path = tmp_path / "laws.json"
+  path.write_text(content)
+  assert plan("--models=byte", "--budgets=1e19", f"--laws={path}") == 2
+  assert message in capsys.readouterr().err
