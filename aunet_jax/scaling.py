@@ -266,11 +266,15 @@ def _parser() -> argparse.ArgumentParser:
     allow_abbrev=False,
   )
   commands = parser.add_subparsers(dest="command", required=True)
+
+  def add(name, text):
+    return commands.add_parser(name, help=text, allow_abbrev=False)
+
   text = "plan models x budgets x sizes x seeds"
-  _add_plan_arguments(commands.add_parser("plan", help=text), sweeps=False)
+  _add_plan_arguments(add("plan", text), sweeps=False)
   text = "plan a sweep of batch and learning rate"
-  _add_plan_arguments(commands.add_parser("hp", help=text), sweeps=True)
-  run = commands.add_parser("run", help="run the cells of a study")
+  _add_plan_arguments(add("hp", text), sweeps=True)
+  run = add("run", "run the cells of a study")
   run.add_argument("study", type=Path, help="a directory that plan has written")
   run.add_argument(
     "--jobs", type=_positive, default=1, help="cells at a time (default 1)"

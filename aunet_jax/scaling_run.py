@@ -100,6 +100,7 @@ class _Job:
     self.cell, self._lock = cell, lock
     self._began = time.monotonic()
     with (cell.workdir / LOG_FILE).open("ab") as log:
+      self._log_start = log.tell()  # what stands before is of earlier starts
       self.process = subprocess.Popen(
         command(cell, study),
         stdout=log,
@@ -115,16 +116,17 @@ class _Job:
     if status == 0:
       _write_state(self.cell, state="done", seconds_of_last_start=seconds)
     elif status not in STOPPED:
-      _write_state(
-        self.cell, state="failed", status=status, reason=_reason(self.cell)
-      )
+      reason = self._reason(status)
+      _write_state(self.cell, state="failed", status=status, reason=reason)
     self._lock.close()
 
-
-def _reason(cell: Cell) -> str:
-  lines = (cell.workdir / LOG_FILE).read_text(errors="replace").splitlines()
-  errors = [line for line in lines if line.startswith("error: ")]
-  return (errors or lines or ["no output"])[-1].removeprefix("error: ")
+  def _reason(self, status: int) -> str:
+    with (self.cell.workdir / LOG_FILE).open("rb") as log:
+      log.seek(self._log_start)
+      lines = log.read().decode(errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    silent = [f"exit status {status}, and no word in {LOG_FILE}"]
+    return (errors or lines or silent)[-1].removeprefix("error: ")
 
 
 def _start(cell: Cell, study: Path) -> _Job | None:
@@ -252,11 +254,13 @@ class _Table:
 
   def show(self, running: Sequence[str], last: bool = False) -> None:
     now = time.monotonic()
+    if now < self._next and not last:  # a table reads the log of every cell
+      return
+    self._next = now + (1.0 if self._live else SECONDS_BETWEEN_TABLES)
     shown = table(self._cells, running)
-    if shown == self._shown or (now < self._next and not last):
+    if shown == self._shown:
       return
     self._shown = shown
-    self._next = now + (1.0 if self._live else SECONDS_BETWEEN_TABLES)
     lines = shown.splitlines()
     if self._live:
       room = max(5, os.get_terminal_size().lines - 2)
