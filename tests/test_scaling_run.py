@@ -237,6 +237,28 @@ def losses(cell) -> list[tuple]:
   return [tuple(json.loads(row).get(key) for key in keys) for row in rows]
 
 
+def test_the_trainer_fills_a_cell_and_its_reason_is_shown(study, capsys):
+  first, second = cells_of(study)
+  plan = second.workdir / "plan.json"
+  plan.write_text(plan.read_text().replace('"dim": 64', '"dim": 65'))
+  assert run(study, "--jobs=2") == 1
+  out = capsys.readouterr().out
+  assert "1 done, 1 failed, 0 waiting" in out
+  assert "must be a multiple of head_dim" in out
+  assert losses(first)[-1][-1] > 0  # held-out bits per byte
+  log = (first.workdir / "log.txt").read_bytes()
+  assert run(study, "--only=s0") == 0
+  assert (first.workdir / "log.txt").read_bytes() == log
+
+
+def test_other_text_than_planned_is_refused(study, trainer, capsys):
+  trainer(COUNT)
+  (study.parent / "text.txt").write_text("another text")
+  assert run(study) == 2
+  assert "could not be compared" in capsys.readouterr().err
+  assert starts(study) == [0, 0]
+
+
 def start(study, *flags) -> subprocess.Popen:
   return subprocess.Popen(
     [sys.executable, "-m", "aunet_jax.scaling", "run", str(study), *flags],
