@@ -473,57 +473,36 @@ def _valley_laws(valleys, options, warnings) -> dict:
   size = np.array([one.best_size for one in valleys])
   data = np.array([one.best_data for one in valleys])
   loss = np.array([one.best_loss for one in valleys])
-  drawn = fit.isoflop_replicates(
-    valleys, number=options.bootstrap, seed=options.seed
-  )
-  factor, exponent = fit.power_line(compute, size)
+  line = fit.valley_line(valleys, number=options.bootstrap, seed=options.seed)
+  factor, exponent, span = line.log_factor, line.exponent, line.interval
   data_factor, data_exponent = fit.power_line(compute, data)
-  span = data_span = None
-  entry = {}
-  if drawn is None:
+  data_span, entry = None, {}
+  if not line.degrees:
     warnings.append("no budget has more than three sizes: no intervals.")
-  else:
-    sizes_RB, losses_RB, degrees = drawn
-    usable = np.isfinite(sizes_RB).all(axis=1)
-    if usable.mean() < 0.9:
-      warnings.append(
-        f"{100 - 100 * usable.mean():.0f}% of the redrawn parabolas have no "
-        f"lowest point: the valleys are too shallow for their noise."
-      )
-    sizes_RB = sizes_RB[usable]
-    entry["resampled"] = "residuals"
-    entry["degrees_of_freedom"] = degrees
-  if drawn is not None and sizes_RB.shape[0] >= 20:
-    slopes_R = np.polyfit(np.log(compute), sizes_RB.T, 1)[0]
-    # Valleys that scatter more about the line than their noise explains.
-    rest = np.log(size) - factor - exponent * np.log(compute)
-    ratio = 1.0
-    if len(valleys) > 2:
-      spread = sizes_RB.std(axis=0)
-      chi = float(np.sum((rest / np.maximum(spread, 1e-12)) ** 2))
-      ratio = math.sqrt(max(1.0, chi / (len(valleys) - 2)))
-    if ratio > 2:
-      warnings.append(
-        f"the valleys scatter {ratio:.2g} times as much about a power law as "
-        f"their noise explains; intervals are widened by that."
-      )
-    widened = exponent + ratio * (slopes_R - exponent)
-    span = fit.interval(exponent, widened, degrees)
+  if line.without_valley > 0.1:
+    warnings.append(
+      f"{line.without_valley:.0%} of the redrawn parabolas have no lowest "
+      f"point: the valleys are too shallow for their noise."
+    )
+  if line.scatter > 2:
+    warnings.append(
+      f"the valleys scatter {line.scatter:.2g} times as much about a power law "
+      f"as their noise explains; intervals are widened by that."
+    )
+  if span is not None:
+    # Data is compute over size: what one exponent gains the other loses.
     data_span = (
       data_exponent - (span[1] - exponent),
       data_exponent + (exponent - span[0]),
     )
-    entry["valley_intervals"] = [
-      {"budget": one.compute}
-      | dict(
-        zip(
-          ("low", "high"),
-          np.exp(fit.interval(math.log(one.best_size), column, degrees)),
-          strict=True,
-        )
-      )
-      for one, column in zip(valleys, sizes_RB.T, strict=True)
-    ]
+    entry = {
+      "resampled": "residuals",
+      "degrees_of_freedom": line.degrees,
+      "valley_intervals": [
+        {"budget": one.compute, "low": low, "high": high}
+        for one, (low, high) in zip(valleys, line.valley_intervals, strict=True)
+      ],
+    }
     if span[0] <= 0 <= span[1]:
       warnings.append("the interval of the size exponent spans 0.")
   if len(valleys) == 2:

@@ -449,8 +449,8 @@ def allocation(law: Law, compute_per_size_and_data: float) -> Allocation:
 
 def isoflop_replicates(
   valleys: Sequence[Valley], *, number: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, int] | None:
-  """Best log sizes and losses of refitted parabolas, (R, B) each.
+) -> tuple[np.ndarray, int] | None:
+  """Best log sizes of refitted parabolas (R, B), and degrees of freedom.
 
   Relative residuals of all budgets are drawn together, each enlarged for its
   own budget's three parameters. A replicate that has no valley is NaN there.
@@ -468,13 +468,64 @@ def isoflop_replicates(
     return None
   rng = np.random.default_rng(seed)
   sizes_RB = np.empty((number, len(valleys)))
-  losses_RB = np.empty_like(sizes_RB)
   for b, one in enumerate(valleys):
     drawn = rng.choice(np.array(pooled), (one.sizes.size, number))
     losses = one.loss_at(one.sizes)[:, None] * (1 + drawn)
     u = np.log(one.sizes) - one.mean_log_size
-    c0, c1, c2 = np.polynomial.polynomial.polyfit(u, losses, 2)
+    _, c1, c2 = np.polynomial.polynomial.polyfit(u, losses, 2)
     c2 = np.where(c2 > 0, c2, np.nan)
     sizes_RB[:, b] = one.mean_log_size - c1 / (2 * c2)
-    losses_RB[:, b] = c0 - c1**2 / (4 * c2)
-  return sizes_RB, losses_RB, degrees
+  return sizes_RB, degrees
+
+
+class ValleyLine(NamedTuple):
+  """size = factor * C^exponent through the lowest points of valleys."""
+
+  log_factor: float
+  exponent: float
+  interval: tuple[float, float] | None  # of the exponent; None: no residuals
+  valley_intervals: list[tuple[float, float]]  # of each best size
+  degrees: int  # of freedom of the parabolas' residuals
+  without_valley: float  # share of replicates in which one was lost
+  scatter: float  # about the line, over what the parabolas' noise explains
+
+
+def valley_line(
+  valleys: Sequence[Valley], *, number: int, seed: int
+) -> ValleyLine:
+  """Power law of the best size, with the parabolas' noise carried through.
+
+  Where the lowest points scatter more about the line than that noise explains,
+  the interval is widened by their ratio (Birge's).
+  """
+  logs_B = np.log([one.compute for one in valleys])
+  best_B = np.log([one.best_size for one in valleys])
+  exponent, factor = (float(v) for v in np.polyfit(logs_B, best_B, 1))
+  drawn = isoflop_replicates(valleys, number=number, seed=seed)
+  nothing = ValleyLine(factor, exponent, None, [], 0, 0.0, 1.0)
+  if drawn is None:
+    return nothing
+  sizes_RB, degrees = drawn
+  usable = np.isfinite(sizes_RB).all(axis=1)
+  nothing = nothing._replace(
+    degrees=degrees, without_valley=float(1 - usable.mean())
+  )
+  if usable.sum() < 20:
+    return nothing
+  sizes_RB = sizes_RB[usable]
+  slopes_R = np.polyfit(logs_B, sizes_RB.T, 1)[0]
+  ratio = 1.0
+  if len(valleys) > 2:
+    rest_B = best_B - factor - exponent * logs_B
+    spread_B = np.maximum(sizes_RB.std(axis=0), 1e-12)
+    chi = float(np.sum((rest_B / spread_B) ** 2))
+    ratio = math.sqrt(max(1.0, chi / (len(valleys) - 2)))
+  widened_R = exponent + ratio * (slopes_R - exponent)
+  return nothing._replace(
+    interval=interval(exponent, widened_R, degrees),
+    valley_intervals=[
+      tuple(float(v) for v in np.exp(interval(best, column, degrees)))
+      for best, column in zip(best_B, sizes_RB.T, strict=True)
+    ],
+    scatter=ratio,
+  )
