@@ -51,6 +51,7 @@ from aunet_jax import (
   scaling_plan,
   scaling_report,
   scaling_run,
+  scaling_summary,
   sources,
 )
 from aunet_jax.tokenizer import Tokenizer
@@ -485,13 +486,17 @@ def fit(args: argparse.Namespace) -> None:
   )
   table = scaling_collect.load(args.source)
   result = scaling_analysis.analyse(table, options)
-  print(scaling_report.summary(result))
+  print(scaling_summary.summary(result))
   if args.out is None:
     return
   args.out.mkdir(parents=True, exist_ok=True)
   scaling_collect.write(table, args.out / scaling_collect.NUMBERS_FILE)
-  scaling_report.write_fits(result, args.out)
-  names = [scaling_collect.NUMBERS_FILE, scaling_analysis.FITS_FILE]
+  names = [scaling_collect.NUMBERS_FILE]
+  if args.command == "plot":
+    names += scaling_report.write(table, result, args.out)
+  else:
+    scaling_report.write_fits(result, args.out)
+    names.append(scaling_analysis.FITS_FILE)
   print(f"wrote {', '.join(names)} to {args.out}")
 
 

@@ -9,25 +9,21 @@ installation; `scaling_report.py` draws it and computes nothing.
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
+import threadpoolctl
 from scipy import stats
 
+from aunet_jax import scaling_entries as entries
 from aunet_jax import scaling_fit as fit
+from aunet_jax import scaling_valleys as parabolas
 from aunet_jax.scaling_collect import Table
 
 FITS_FILE = "fits.json"
 DIGITS = 5  # of every number written: more would differ between machines
-CURVE_POINTS = 33
 SIZES = ("flops_per_byte", "params")
 MIN_SIZES = 3  # of a budget, for a parabola
-# Spread of log data that size does not explain, for both to be told apart.
-LEAST_SPREAD = 0.2
-FEW_DEGREES = 3  # of freedom; below, intervals are mostly Student's t
-MANY_BUDGETS = 20  # from which the tenth with most compute is held out
-STANDS_OUT = 5.0  # median absolute deviations, as normal standard deviations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +47,6 @@ class Options:
       )
     if self.seed < 0 or self.drop_highest < 0:
       raise ValueError("--seed and --drop_highest must be at least 0.")
-
-
-class Cell(NamedTuple):
-  """One model at one budget and size."""
-
-  name: str
-  ids: list[str]
-  budget: float
-  size: float  # N
-  data: float  # D
-  compute: float  # useful FLOPs run; published points: their budget
-  loss: float
-  losses: list[float]
 
 
 def analyse(table: Table, options: Options) -> dict:
@@ -93,6 +76,10 @@ def analyse(table: Table, options: Options) -> dict:
   for row in rows:
     models.setdefault(row["model"], []).append(row)
   cells = {name: _cells(some, size) for name, some in models.items()}
+  # L-BFGS solves systems of a few rows. With several threads most of the time
+  # goes into waking them: a minute for what takes three seconds on one.
+  with threadpoolctl.threadpool_limits(1, "blas"):
+    fits = {name: _model(some, options) for name, some in cells.items()}
   result = {
     "options": dataclasses.asdict(options) | {"size": size},
     "units": {
@@ -107,7 +94,7 @@ def analyse(table: Table, options: Options) -> dict:
       if row["excluded"] is not None
     ],
     "dropped": [{"id": k, "reason": v} for k, v in dropped.items()],
-    "models": {name: _model(some, options) for name, some in cells.items()},
+    "models": fits,
     "comparison": _comparison(cells),
   }
   return _rounded(result)
@@ -132,7 +119,7 @@ def _dropped(rows: Sequence[dict], options: Options) -> dict[str, str]:
   return dropped
 
 
-def _cells(rows: Sequence[dict], size: str) -> list[Cell]:
+def _cells(rows: Sequence[dict], size: str) -> list[entries.Cell]:
   """Runs that differ in their seed alone, together; smallest budget first."""
   groups = {}
   for row in rows:
@@ -142,7 +129,7 @@ def _cells(rows: Sequence[dict], size: str) -> list[Cell]:
   for some in groups.values():
     losses = [row["loss"] for row in some]
     cells.append(
-      Cell(
+      entries.Cell(
         some[0]["id"]
         if len(some) == 1
         else f"{some[0]['id']} (+{len(some) - 1})",
@@ -160,18 +147,19 @@ def _cells(rows: Sequence[dict], size: str) -> list[Cell]:
   return sorted(cells, key=lambda c: (c.budget, c.size, c.name))
 
 
-def _model(cells: Sequence[Cell], options: Options) -> dict:
+def _model(cells: Sequence[entries.Cell], options: Options) -> dict:
   budgets = sorted({cell.budget for cell in cells})
+  bootstrap = entries.Bootstrap(options.bootstrap, options.seed)
   return {
     "runs": sum(len(cell.ids) for cell in cells),
     "cells": [
       cell._asdict() | {"spread": _spread(cell.losses)} for cell in cells
     ],
     "budgets": budgets,
-    "power_law": _power_law(cells, budgets, options),
-    "isoflop": _isoflop(cells, budgets, options),
-    "vpnls": _parametric(cells, fit.least_squares, options),
-    "huber": _parametric(cells, fit.huber, options),
+    "power_law": _power_law(cells, budgets, bootstrap),
+    "isoflop": _isoflop(cells, budgets, bootstrap),
+    "vpnls": _parametric(cells, fit.least_squares, bootstrap),
+    "huber": _parametric(cells, fit.huber, bootstrap),
   }
 
 
@@ -179,177 +167,30 @@ def _spread(losses: Sequence[float]) -> float | None:
   return statistics.stdev(losses) if len(losses) > 1 else None
 
 
-def _not_fitted(reason: str) -> dict:
-  return {"not_fitted": reason}
-
-
-# ----- a law and its checks -------------------------------------------------
-
-
-def _columns(cells: Sequence[Cell], *names: str) -> np.ndarray:
-  return np.array([[getattr(c, name) for c in cells] for name in names])
-
-
-def _law(
-  function: Callable[..., fit.Law],
-  cells: Sequence[Cell],
-  names: tuple[str, ...],
-  options: Options,
-) -> tuple[fit.Law, fit.Replicates | None, dict]:
-  """Fits a law to cells, with intervals, residuals and the held-out budget."""
-  x_KN, loss_N = _columns(cells, *names), np.array([c.loss for c in cells])
-  law = function(x_KN, loss_N)
-  replicates = fit.bootstrap(
-    function, law, x_KN, loss_N, number=options.bootstrap, seed=options.seed
-  )
-  predicted_N = fit.predict(law, x_KN)
-  rest_N = loss_N / predicted_N - 1
-  spans = fit.parameter_intervals(law, replicates) if replicates else {}
-  entry = {
-    "parameters": {
-      name: _with_interval(value, spans.get(name))
-      for name, value in fit.parameters(law).items()
-    },
-    "degrees_of_freedom": loss_N.size - law.num_parameters,
-    "resampled": replicates.resampled if replicates else None,
-    "rms_relative_residual": float(np.sqrt(np.mean(rest_N**2))),
-    "residuals": [
-      {"cell": c.name, "loss": c.loss, "predicted": p, "relative": r}
-      for c, p, r in zip(cells, predicted_N, rest_N, strict=True)
-    ],
-    "heldout": _heldout(function, cells, names, options),
-    "stand_out": _stand_out(cells, rest_N),
-    "warnings": [],
-  }
-  warn = entry["warnings"].append
-  if replicates is None:
-    warn("as many parameters as points: no intervals, and no way to be wrong.")
-  elif replicates.degrees < FEW_DEGREES:
-    warn(
-      f"{replicates.degrees} degrees of freedom: intervals rest on almost "
-      f"nothing and are wide."
-    )
-  _warn_of_parameters(law, spans, warn)
-  heldout = entry["heldout"]
-  if heldout and heldout["inside"] is False:
-    warn(
-      "held-out runs of the largest budget lie outside their predicted "
-      "intervals: do not extrapolate with this fit."
-    )
-  if entry["stand_out"]:
-    warn(
-      f"stand out from the fit: {', '.join(entry['stand_out'])}; --drop leaves "
-      f"cells out, and says so."
-    )
-  return law, replicates, entry
-
-
-def _with_interval(value: float, span) -> dict:
-  low, high = (None, None) if span is None else span
-  return {"value": value, "low": low, "high": high}
-
-
-def _warn_of_parameters(law: fit.Law, spans: dict, warn) -> None:
-  least, most = fit.EXPONENTS
-  for name, value in fit.parameters(law).items():
-    low, high = spans.get(name, (None, None))
-    if name in ("alpha", "beta"):
-      if not 1.01 * least < value < 0.99 * most:
-        warn(f"{name} stopped at its bound {value:.3g}: there is no power law.")
-      elif low is not None and low <= 0:
-        warn(f"the interval of {name} spans 0: no trend is shown.")
-      elif low is not None and high - low > value:
-        warn(f"the interval of {name} is wider than {name} itself.")
-    elif value <= 0 or (name != "E" and value < 1e-200):
-      warn(f"{name} is 0: the data do not show that term.")
-    elif name == "E" and low is not None and low <= 0:
-      warn("the interval of E reaches 0: an offset is not shown.")
-
-
-def _stand_out(cells: Sequence[Cell], rest_N: np.ndarray) -> list[str]:
-  if rest_N.size < 8:
-    return []
-  scale = 1.4826 * float(np.median(np.abs(rest_N - np.median(rest_N))))
-  far = np.abs(rest_N - np.median(rest_N)) > STANDS_OUT * max(scale, 1e-12)
-  return [cell.name for cell, out in zip(cells, far, strict=True) if out]
-
-
-def _held_out(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
-  """(others, those of the largest budget, or the tenth with most compute)."""
-  budgets = sorted({cell.budget for cell in cells})
-  count = len(budgets) // 10 if len(budgets) > MANY_BUDGETS else 1
-  edge = budgets[-count]
-  return (
-    [cell for cell in cells if cell.budget < edge],
-    [cell for cell in cells if cell.budget >= edge],
-  )
-
-
-def _heldout(function, cells, names, options) -> dict | None:
-  """The law without the largest budget, and what it says of that budget."""
-  others, last = _held_out(cells)
-  if len(others) < 1 + 2 * len(names) or _together(others, names):
-    return None
-  x_KN, loss_N = _columns(others, *names), np.array([c.loss for c in others])
-  law = function(x_KN, loss_N)
-  replicates = fit.bootstrap(
-    function, law, x_KN, loss_N, number=options.bootstrap, seed=options.seed
-  )
-  new_KN = _columns(last, *names)
-  predicted_N = fit.predict(law, new_KN)
-  spans = [None] * len(last)
-  if replicates:
-    spans = fit.band(law, replicates, new_KN, new_point=True).T.tolist()
-  points = []
-  for cell, value, span in zip(last, predicted_N, spans, strict=True):
-    points.append(
-      {"cell": cell.name, "loss": cell.loss}
-      | {"predicted": _with_interval(value, span)}
-      | {"relative_error": value / cell.loss - 1}
-    )
-  inside = [
-    span[0] <= cell.loss <= span[1]
-    for cell, span in zip(last, spans, strict=True)
-    if span
-  ]
-  return {
-    "budget": last[0].budget,
-    "points": points,
-    "mean_absolute_relative_error": statistics.mean(
-      abs(p["relative_error"]) for p in points
-    ),
-    # One in twenty may be outside, where many points are held out.
-    "inside": sum(inside) >= 0.9 * len(inside) if inside else None,
-  }
-
-
-def _grid(values: np.ndarray, beyond: float = 1.0) -> np.ndarray:
-  return np.geomspace(values.min(), values.max() * beyond, CURVE_POINTS)
-
-
-def _curve(x: np.ndarray, law, replicates, x_KN) -> dict:
-  low, high = (None, None)
-  if replicates:
-    low, high = fit.band(law, replicates, x_KN)
-  return {"x": x, "value": fit.predict(law, x_KN), "low": low, "high": high}
-
-
 # ----- the methods ----------------------------------------------------------
 
 
-def _power_law(cells, budgets, options) -> dict:
+def _power_law(cells, budgets, bootstrap) -> dict:
   if len(cells) > len(budgets):
-    return _not_fitted(
+    return entries.not_fitted(
       "budgets have several sizes: see the law through the IsoFLOP valleys."
     )
   if len(cells) < 3:
-    return _not_fitted(f"{len(cells)} budgets; three parameters need three.")
-  if len(cells) > MANY_BUDGETS and not _together(cells, ("size", "data")):
-    return _not_fitted("size varies at any compute: these runs are no ladder.")
-  law, replicates, entry = _law(fit.least_squares, cells, ("compute",), options)
+    return entries.not_fitted(
+      f"{len(cells)} budgets; three parameters need three."
+    )
+  if len(cells) > entries.MANY_BUDGETS and not entries.together(
+    cells, ("size", "data")
+  ):
+    return entries.not_fitted(
+      "size varies at any compute: these runs are no ladder."
+    )
+  law, replicates, entry = entries.fit_law(
+    fit.least_squares, cells, ("compute",), bootstrap
+  )
   compute = np.array([cell.compute for cell in cells])
-  x = _grid(compute, 3.0)
-  entry["curve"] = _curve(x, law, replicates, x[None])
+  x = entries.grid(compute, 3.0)
+  entry["curve"] = entries.curve(x, law, replicates, x[None])
   if compute.max() < 10 * compute.min():
     entry["warnings"].append(
       f"compute spans a factor of {compute.max() / compute.min():.3g} only; an "
@@ -358,43 +199,29 @@ def _power_law(cells, budgets, options) -> dict:
   return entry
 
 
-def _together(cells: Sequence[Cell], names: Sequence[str]) -> bool:
-  """Whether size and data are one and the same variable in these cells."""
-  if len(names) < 2:
-    return False
-  size, data = np.log(_columns(cells, "size", "data"))
-  for one, other in ((size, data), (data, size)):
-    if np.ptp(one) < LEAST_SPREAD:
-      return True
-    rest = other - np.polyval(np.polyfit(one, other, 1), one)
-    if np.std(rest) < LEAST_SPREAD:
-      return True
-  return False
-
-
-def _parametric(cells, function, options) -> dict:
+def _parametric(cells, function, bootstrap) -> dict:
   names = ("size", "data")
   if len(cells) < 5:
-    return _not_fitted(f"{len(cells)} cells; five parameters need five.")
-  if _together(cells, names):
-    return _not_fitted(
+    return entries.not_fitted(f"{len(cells)} cells; five parameters need five.")
+  if entries.together(cells, names):
+    return entries.not_fitted(
       "size and data rise together in these runs, so their shares of the loss "
       "cannot be told apart; plan an IsoFLOP grid (--sizes)."
     )
-  law, replicates, entry = _law(function, cells, names, options)
+  law, replicates, entry = entries.fit_law(function, cells, names, bootstrap)
   constant = float(
     np.median([cell.budget / (cell.size * cell.data) for cell in cells])
   )
   entry["compute_per_size_and_data"] = constant
   entry["allocation"] = _allocation(law, replicates, constant)
   if min(law.coefficients) > 0:
-    compute = _grid(np.array([cell.budget for cell in cells]), 3.0)
+    compute = entries.grid(np.array([cell.budget for cell in cells]), 3.0)
     best = fit.allocation(law, constant)
     size = np.exp(best.size_log_factor) * compute**best.size_exponent
     data = compute / (constant * size)
     entry["frontier"] = {"compute": compute, "size": size, "data": data}
     x_KN = np.array([size, data])
-    entry["curve"] = _curve(compute, law, replicates, x_KN)
+    entry["curve"] = entries.curve(compute, law, replicates, x_KN)
   return entry
 
 
@@ -413,19 +240,19 @@ def _allocation(law, replicates, constant) -> dict:
       span = fit.interval(
         getattr(best, name), np.array(values), replicates.degrees
       )
-    entry[name] = _with_interval(getattr(best, name), span)
+    entry[name] = entries.with_interval(getattr(best, name), span)
   return entry
 
 
-def _isoflop(cells, budgets, options) -> dict:
+def _isoflop(cells, budgets, bootstrap) -> dict:
   warnings, valleys, shown = [], [], []
   for budget in budgets:
     some = [cell for cell in cells if cell.budget == budget]
-    size, data, loss = _columns(some, "size", "data", "loss")
+    size, data, loss = entries.columns(some, "size", "data", "loss")
     if len(set(size.tolist())) < MIN_SIZES:
       continue
-    one = fit.valley(budget, size, data, loss)
-    x = _grid(size)
+    one = parabolas.valley(budget, size, data, loss)
+    x = entries.grid(size)
     shown.append(
       {
         "budget": budget,
@@ -453,7 +280,7 @@ def _isoflop(cells, budgets, options) -> dict:
           f"at {budget:.3g} FLOPs the lowest loss is at the edge of the sizes."
         )
   if not shown:
-    return _not_fitted(
+    return entries.not_fitted(
       f"no budget has {MIN_SIZES} sizes; plan an IsoFLOP grid (--sizes)."
     )
   if len(shown) < len(budgets):
@@ -464,18 +291,20 @@ def _isoflop(cells, budgets, options) -> dict:
   if len(valleys) < 2:
     warnings.append("fewer than two valleys: no law of allocation.")
     return entry
-  return entry | _valley_laws(valleys, options, warnings)
+  return entry | _valley_laws(valleys, bootstrap, warnings)
 
 
-def _valley_laws(valleys, options, warnings) -> dict:
+def _valley_laws(valleys, bootstrap, warnings) -> dict:
   """Power laws of the best size, data and loss through the valleys."""
   compute = np.array([one.compute for one in valleys])
   size = np.array([one.best_size for one in valleys])
   data = np.array([one.best_data for one in valleys])
   loss = np.array([one.best_loss for one in valleys])
-  line = fit.valley_line(valleys, number=options.bootstrap, seed=options.seed)
+  line = parabolas.valley_line(
+    valleys, number=bootstrap.number, seed=bootstrap.seed
+  )
   factor, exponent, span = line.log_factor, line.exponent, line.interval
-  data_factor, data_exponent = fit.power_line(compute, data)
+  data_factor, data_exponent = parabolas.power_line(compute, data)
   data_span, entry = None, {}
   if not line.degrees:
     warnings.append("no budget has more than three sizes: no intervals.")
@@ -507,34 +336,40 @@ def _valley_laws(valleys, options, warnings) -> dict:
       warnings.append("the interval of the size exponent spans 0.")
   if len(valleys) == 2:
     warnings.append("two valleys fix the allocation exactly: no check of it.")
-  x = _grid(compute, 3.0)
+  x = entries.grid(compute, 3.0)
   best = np.exp(factor) * x**exponent
   return entry | {
     "allocation": {
-      "size_exponent": _with_interval(exponent, span),
-      "data_exponent": _with_interval(data_exponent, data_span),
+      "size_exponent": entries.with_interval(exponent, span),
+      "data_exponent": entries.with_interval(data_exponent, data_span),
     },
     "frontier": {
       "compute": x,
       "size": best,
       "data": np.exp(data_factor) * x**data_exponent,
     },
-    "loss_law": _loss_law(compute, loss, options),
+    "loss_law": _loss_law(compute, loss, bootstrap),
     "heldout": _heldout_valley(compute, size, loss),
   }
 
 
-def _loss_law(compute, loss, options) -> dict:
+def _loss_law(compute, loss, bootstrap) -> dict:
   """Loss at the bottoms of the valleys against compute."""
   if compute.size < 3:
-    return _not_fitted(f"{compute.size} valleys; three parameters need three.")
+    return entries.not_fitted(
+      f"{compute.size} valleys; three parameters need three."
+    )
   cells = [
-    Cell(f"valley at {c:.3g} FLOPs", [], c, 1.0, 1.0, c, float(v), [float(v)])
+    entries.Cell(
+      f"valley at {c:.3g} FLOPs", [], c, 1.0, 1.0, c, float(v), [float(v)]
+    )
     for c, v in zip(compute, loss, strict=True)
   ]
-  law, replicates, entry = _law(fit.least_squares, cells, ("compute",), options)
-  x = _grid(compute, 3.0)
-  entry["curve"] = _curve(x, law, replicates, x[None])
+  law, replicates, entry = entries.fit_law(
+    fit.least_squares, cells, ("compute",), bootstrap
+  )
+  x = entries.grid(compute, 3.0)
+  entry["curve"] = entries.curve(x, law, replicates, x[None])
   return entry
 
 
@@ -542,7 +377,7 @@ def _heldout_valley(compute, size, loss) -> dict | None:
   """The best size at the largest budget, from the lines of the others."""
   if compute.size < 3:
     return None
-  factor, exponent = fit.power_line(compute[:-1], size[:-1])
+  factor, exponent = parabolas.power_line(compute[:-1], size[:-1])
   predicted = math.exp(factor) * compute[-1] ** exponent
   return {
     "budget": compute[-1],
@@ -555,7 +390,7 @@ def _heldout_valley(compute, size, loss) -> dict | None:
 # ----- models side by side --------------------------------------------------
 
 
-def _comparison(cells: dict[str, list[Cell]]) -> list[dict]:
+def _comparison(cells: dict[str, list[entries.Cell]]) -> list[dict]:
   """The best cell of every model at every budget that two or more share."""
   budgets = sorted({c.budget for some in cells.values() for c in some})
   rows = []
@@ -572,8 +407,8 @@ def _comparison(cells: dict[str, list[Cell]]) -> list[dict]:
     for name, cell in best.items():
       row["models"][name] = {
         "cell": cell.name,
-        "loss": _with_interval(cell.loss, _mean_interval(cell.losses)),
-        "difference": _with_interval(
+        "loss": entries.with_interval(cell.loss, _mean_interval(cell.losses)),
+        "difference": entries.with_interval(
           cell.loss - best[reference].loss,
           _difference_interval(cell.losses, best[reference].losses),
         )

@@ -24,8 +24,10 @@ import time
 
 import numpy as np
 import scipy
+import threadpoolctl
 
 from aunet_jax import scaling_fit as fit
+from aunet_jax import scaling_valleys
 
 LADDER = fit.Law(0.9, (30.0,), (0.09,))  # bits per byte against FLOPs
 SURFACE = fit.Law(1.8, (480.0, 2100.0), (0.35, 0.37))  # near Chinchilla's
@@ -70,10 +72,10 @@ def isoflop_trial(law, x_KN, budget_N, noise, rng, seed, bootstrap):
   loss_N = fit.predict(law, x_KN)
   loss_N = loss_N * np.exp(rng.normal(0, noise, loss_N.size))
   valleys = [
-    fit.valley(b, *x_KN[:, budget_N == b], loss_N[budget_N == b])
+    scaling_valleys.valley(b, *x_KN[:, budget_N == b], loss_N[budget_N == b])
     for b in np.unique(budget_N)
   ]
-  found = fit.valley_line(valleys, number=bootstrap, seed=seed)
+  found = scaling_valleys.valley_line(valleys, number=bootstrap, seed=seed)
   truth = {"size_exponent": fit.allocation(law, 6.0).size_exponent}
   return _inside({"size_exponent": found.interval}, truth)
 
@@ -139,10 +141,11 @@ def main() -> None:
       continue
     trials, bootstrap = args.trials or trials, args.bootstrap or bootstrap
     began, seen = time.perf_counter(), {}
-    for seed in range(trials):
-      found = trial(np.random.default_rng([7, seed]), seed, bootstrap)
-      for key, value in found.items():
-        seen.setdefault(key, []).append(value)
+    with threadpoolctl.threadpool_limits(1, "blas"):  # as the command does
+      for seed in range(trials):
+        found = trial(np.random.default_rng([7, seed]), seed, bootstrap)
+        for key, value in found.items():
+          seen.setdefault(key, []).append(value)
     entry = {"trials": trials, "bootstrap": bootstrap, "parameters": {}}
     for key, values in seen.items():
       share = float(np.mean([inside for inside, _ in values]))
