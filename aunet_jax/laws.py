@@ -25,6 +25,7 @@ WINDOWS = (512, 4096, 4096, 4096)  # released configs; bytes 512
 RULES = (None, "word@1", "word@2", "word@4")  # released configs
 BPE_VOCAB_SIZE = 128_256  # LLaMA-3; Table 2's 525M embedding at width 2048
 WARMUP_STEPS = 10_000  # AU-Net scaling runs, Table 11
+BPE_WARMUP_STEPS = 2_000  # BPE scaling runs, Table 11
 
 
 def aunet_batch_bytes(compute: float) -> float:
@@ -414,10 +415,10 @@ def run_config(
     text. bytes_per_unit: of a token; None = the model reads bytes.
   Warmup is Table 11's, or a fifth of the run where that is shorter.
   """
-  rate = aunet_learning_rate(compute)
+  rate, warmup = aunet_learning_rate(compute), WARMUP_STEPS
   batch = aunet_batch_bytes(compute)
   if bytes_per_unit is not None:
-    rate = bpe_learning_rate(compute)
+    rate, warmup = bpe_learning_rate(compute), BPE_WARMUP_STEPS
     batch = bpe_batch_tokens(compute) * bytes_per_unit
   batch_bytes = batch_bytes or batch
   row = model.capacities[0] * byte_fill * (bytes_per_unit or 1.0)
@@ -430,6 +431,6 @@ def run_config(
     train=config_lib.TrainConfig(num_steps=num_steps, batch_size=batch_size),
     optimizer=config_lib.OptimizerConfig(
       learning_rate=learning_rate or rate,
-      warmup_steps=min(WARMUP_STEPS, num_steps // 5),
+      warmup_steps=min(warmup, num_steps // 5),
     ),
   )

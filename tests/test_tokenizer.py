@@ -420,5 +420,6 @@ def test_the_papers_baseline_is_planned_as_it_was_run():
     assert cell.config.model == run.model
     rate = cell.config.optimizer.learning_rate
     assert rate == pytest.approx(run.learning_rate, rel=0.01)
+    assert cell.config.optimizer.warmup_steps == 2000  # Table 11
     tokens_a_step = cell.to_json()["batch_bytes"] / 4.56
     assert tokens_a_step == pytest.approx(run.printed_units_per_step, rel=0.07)
