@@ -375,6 +375,13 @@ def make_cells(
   ]
   if twice:
     raise ValueError(f"two runs would be called {twice[0]}; drop one of them.")
+  short = [c.id for c in cells if c.config.train.eval_bytes is not None]
+  if short and len({c.config.model for c in cells}) > 1:
+    raise ValueError(
+      f"{short[0]} sets train.eval_bytes, which takes other held-out text for "
+      f"rows of another shape; leave it out, and give a --heldout as short as "
+      f"you want it."
+    )
   return cells
 
 
@@ -412,7 +419,7 @@ def warnings_of(
   Args: cells: those that follow laws. own_laws: as in `make_cells`.
   """
   lines = []
-  papers, small = set(), set()
+  papers, small, outside = set(), set(), {}
   for cell in cells:
     own = own_laws.get(cell.model, OwnLaws())
     if ":" in cell.model:  # the user's own function sets both
@@ -423,11 +430,13 @@ def warnings_of(
         small.add(cell.budget_flops)
     low, high = own.budgets or (0, math.inf)
     if not low <= cell.budget_flops <= high:
-      line = (
-        f"the laws given for {cell.model} were fitted to {low:.3g} to "
-        f"{high:.3g} FLOPs; {cell.budget_flops:.3g} is outside."
-      )
-      lines += [] if line in lines else [line]
+      outside.setdefault(cell.model, set()).add(cell.budget_flops)
+  for model, budgets in outside.items():
+    low, high = own_laws[model].budgets
+    lines.append(
+      f"the laws given for {model} were fitted to {low:.3g} to {high:.3g} "
+      f"FLOPs; {', '.join(f'{b:.3g}' for b in sorted(budgets))} lie outside."
+    )
   if small:
     lines.append(
       f"batch and learning rate extrapolate the paper's laws from about "

@@ -131,6 +131,10 @@ def test_a_directory_holds_one_study(tmp_path, text, capsys):
     ),
     (["--models=aunet2", "--budgets=1e19", "--data=/no/such"], "/no/such"),
     (["study", "--models=aunet2", "--budgets=1e19"], "--data is missing"),
+    (
+      ["--models=byte,aunet2", "--budgets=1e19", "--set=train.eval_bytes=9"],
+      "sets train.eval_bytes",
+    ),
   ],
 )
 def test_what_cannot_be_planned_is_named(flags, message, capsys):
@@ -190,7 +194,7 @@ def test_laws_of_ones_own_are_followed(tmp_path, capsys):
   flags = ("--models=byte,aunet2", f"--laws={path}")
   assert plan(*flags, "--budgets=1e18,1e20") == 0
   out = capsys.readouterr().out
-  assert "byte were fitted to 1e+18 to 1e+19 FLOPs; 1e+20 is outside" in out
+  assert "byte were fitted to 1e+18 to 1e+19 FLOPs; 1e+20 lie outside" in out
   assert "no laws for" not in out
   assert plan("--models=byte", "--budgets=1e17") == 0
   assert "no laws for byte" in capsys.readouterr().out
