@@ -95,7 +95,10 @@ def analyse(table: Table, options: Options) -> dict:
     ],
     "dropped": [{"id": k, "reason": v} for k, v in dropped.items()],
     "models": fits,
-    "comparison": _comparison(cells),
+    # Losses of other data or units cannot be set side by side.
+    "comparison": _comparison(cells)
+    if all("heldout_bytes" in row for row in rows)
+    else [],
   }
   return _rounded(result)
 

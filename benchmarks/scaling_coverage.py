@@ -104,7 +104,7 @@ def designs():
     x_KN, budget_N = isoflop_grid(law, 5, 7, reach)
     return lambda *rest: isoflop_trial(law, x_KN, budget_N, noise, *rest)
 
-  def named(text, trial, trials, bootstrap=400):
+  def named(text, trial, trials, bootstrap=200):
     return f"{text}, noise 0.5%", (trial, trials, bootstrap)
 
   noise = 5e-3
@@ -112,10 +112,10 @@ def designs():
     [
       named("power law, 5 budgets x 3 seeds", ladder(5, noise, 3), 300),
       named("power law, 8 budgets x 1 seed", ladder(8, noise, 1), 300),
-      named("vpnls, 4 x 7", grid(fit.least_squares, 4, 7, noise), 200),
-      named("vpnls, 6 x 9", grid(fit.least_squares, 6, 9, noise), 200),
-      named("huber, 4 x 7", grid(fit.huber, 4, 7, noise), 100, 150),
-      named("huber, 6 x 9", grid(fit.huber, 6, 9, noise), 100, 150),
+      named("vpnls, 4 x 7", grid(fit.least_squares, 4, 7, noise), 150),
+      named("vpnls, 6 x 9", grid(fit.least_squares, 6, 9, noise), 150),
+      named("huber, 4 x 7", grid(fit.huber, 4, 7, noise), 80, 100),
+      named("huber, 6 x 9", grid(fit.huber, 6, 9, noise), 80, 100),
       named("isoflop, symmetric, 1/4 to 4", valleys(SYMMETRIC, 4, noise), 500),
       named("isoflop, skewed, 1/4 to 4", valleys(ASYMMETRIC, 4, noise), 500),
       named("isoflop, skewed, 1/2 to 2", valleys(ASYMMETRIC, 2, noise), 500),

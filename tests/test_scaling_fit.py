@@ -179,6 +179,7 @@ def table(rows, **about) -> scaling_collect.Table:
         "bytes": budget / size,
         "useful_flops": 1.1 * budget,
         "loss": loss,
+        "heldout_bytes": 5000,
         "excluded": None,
       }
       for model, budget, size, seed, loss in rows
