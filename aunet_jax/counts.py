@@ -245,14 +245,14 @@ def useful_train_flops(
   return 3 * _total(useful_forward_flops(model, positions_per_stage))
 
 
-def remat_flops_per_row(model: ModelConfig) -> float:
+def remat_flops_per_row(model: ModelConfig, platform: str = "cpu") -> float:
   """Padded FLOPs of a row that the backward pass computes once more."""
   again = {
     "none": (),
     "dots": ("scores",),  # products with a batch dim are not kept
     "full": ("projections", "scores", "ffn"),
   }
-  forward = padded_forward_flops(model)
+  forward = padded_forward_flops(model, platform=platform)
   return sum(
     kinds[kind]
     for stage, kinds in zip(model.stages, forward, strict=True)

@@ -1,0 +1,272 @@
+"""Memory and FLOPs of the training step on chips that are not there.
+
+  python -m benchmarks.aot --config=configs/aunet2_1b.py --topology=v5e:4x4
+  python -m benchmarks.aot --config=configs/aunet2_1b.py --topology=h100
+
+The step is compiled ahead of time for the named topology, with parameters
+split over its chips (`--mesh`), and the compiler's own accounting read. TPU
+topologies need `pip install -e '.[tpu]'`, h100 needs `.[cuda]`; neither needs
+the hardware, and nothing runs.
+
+Rows per chip are those of `--rows`; with `--largest`, the number that memory
+at two sizes predicts to fit is compiled too, and then the neighbours until one
+fits and the next does not. XLA refuses a TPU program too large for its memory;
+for GPUs its total is compared with the device's.
+
+`attention` and `upsampling`: temporary memory of the function alone, values
+and gradients, for the rows of one chip, by stage.
+
+The last line of the output is one JSON object.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+
+# Compiling for TPUs asks no TPU, and several compilations may go on at once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_WORKER_ID", "0")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+if "--topology=h100" in sys.argv:  # kernels cannot be timed to choose one
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+  )
+
+import dataclasses  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+
+from aunet_jax import config as config_lib  # noqa: E402
+from aunet_jax import (  # noqa: E402
+  counts,
+  layers,
+  optimizer,
+  pooling,
+  sharding,
+  state,
+  train,
+)
+from aunet_jax.config import Config, MeshConfig  # noqa: E402
+
+GIB = 2**30
+MEMORY_BYTES = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9, "h100": 80e9}
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 28 patch: 1 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def topology_devices(name: str) -> list:
+  """The devices of a TPU topology such as v5e:4x4, or one H100."""
+  if name == "h100":
+    return topologies.get_topology_desc(
+      platform="cuda", topology_name="", target_config=H100, topology="1x1x1"
+    ).devices
+  return topologies.get_topology_desc(
+    platform="tpu", topology_name=name
+  ).devices
+
+
+def memory(compiled) -> dict[str, float]:
+  """GiB of a chip. `total`: arguments, outputs and temporaries together."""
+  sizes = compiled.memory_analysis()
+  total = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+  total += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+  return {
+    "total": round(total / GIB, 3),
+    "peak": round(sizes.peak_memory_in_bytes / GIB, 3),
+    "temporary": round(sizes.temp_size_in_bytes / GIB, 3),
+    "arguments": round(sizes.argument_size_in_bytes / GIB, 3),
+  }
+
+
+def step_memory(config: Config, mesh, rows: int) -> dict | None:
+  """Of the whole step at `rows` a chip; None where it does not fit."""
+  num_rows = rows * mesh.size // mesh.shape["tensor"]
+  config = dataclasses.replace(
+    config,
+    train=dataclasses.replace(
+      config.train, batch_size=num_rows, grad_accumulation=1
+    ),
+  )
+  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  abstract, shardings = state.abstract_state(config.model, tx, mesh)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    abstract,
+    shardings,
+  )
+  row = jax.ShapeDtypeStruct(
+    (num_rows, config.model.capacities[0]),
+    jnp.int32,
+    sharding=sharding.batch_sharding(mesh),
+  )
+  names = ("bytes", "targets", "levels", "documents", "weights")
+  began = time.perf_counter()
+  try:
+    compiled = train.compile_step(
+      config, tx, mesh, shardings, abstract, dict.fromkeys(names, row)
+    )
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return None
+  seconds = round(time.perf_counter() - began, 1)
+  return {**memory(compiled), "compile_seconds": seconds}
+
+
+def piece_memory(function, mesh, *shapes) -> float:
+  """MiB of temporaries of values and gradients, on the first chip alone."""
+  one = sharding.make_mesh(MeshConfig(), mesh.devices.flat[:1])
+  where = NamedSharding(one, PartitionSpec())
+  arrays = [jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
+  floats = [
+    i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+
+  def run(cotangent, *arrays):
+    def of_floats(*values):
+      full = list(arrays)
+      for i, value in zip(floats, values, strict=True):
+        full[i] = value
+      return function(*full)
+
+    y, transpose = jax.vjp(of_floats, *(arrays[i] for i in floats))
+    return y, transpose(cotangent)
+
+  with jax.set_mesh(one):
+    y = jax.eval_shape(function, *arrays)
+    cotangent = jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where)
+    compiled = jax.jit(run).lower(cotangent, *arrays).compile()
+  return round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1)
+
+
+def pieces(config: Config, mesh, rows: int) -> dict:
+  model = config.model
+  dtype = jnp.dtype(model.dtype)
+  result = {"attention_mib": [], "upsampling_mib": []}
+  for i, stage in enumerate(model.stages):
+    L, H, G, K = stage.capacity, stage.num_heads, stage.kv_heads, stage.head_dim
+    attend = functools.partial(
+      layers.attention, window=stage.window, choice=stage.attention
+    )
+    keys = ((rows, L, G, K), dtype)
+    documents = ((rows, L), jnp.int32)
+    result["attention_mib"].append(
+      piece_memory(
+        attend, mesh, ((rows, L, H, K), dtype), keys, keys, documents
+      )
+    )
+    if i + 1 < model.num_stages:
+      S, E = model.stages[i + 1].capacity, model.stages[i + 1].dim
+      kernel = ((model.num_offsets, E, stage.dim), dtype)
+      result["upsampling_mib"].append(
+        piece_memory(
+          pooling.offset_matmul,
+          mesh,
+          ((rows, S, E), dtype),
+          documents,
+          documents,
+          kernel,
+        )
+      )
+  return result
+
+
+def flops(config: Config, rows: int, platform: str) -> dict:
+  """Of one chip's step, in TFLOP."""
+  model = config.model
+  padded = rows * counts.train_flops_per_row(model, rows, platform)
+  useful = rows * counts.useful_train_flops(model, model.capacities)
+  again = rows * counts.remat_flops_per_row(model, platform)
+  return {
+    "useful_tflop": round(useful / 1e12, 3),
+    "padded_tflop": round(padded / 1e12, 3),
+    "repeated_by_remat_tflop": round(again / 1e12, 3),
+  }
+
+
+def largest(config, mesh, measured: dict[int, dict], limit: float) -> dict:
+  """Compiles around the prediction until one fits and the next does not."""
+  low, high = sorted(r for r in measured if measured[r])[-2:]
+  slope = measured[high]["total"] - measured[low]["total"]
+  slope /= high - low
+  start = measured[low]["total"] - slope * low
+  guess = max(1, int((limit / GIB - start) / slope))
+
+  def fits(rows):
+    if rows not in measured:
+      measured[rows] = step_memory(config, mesh, rows)
+      print(f"{rows} rows: {measured[rows]}", flush=True)
+    found = measured[rows]
+    return found is not None and found["total"] * GIB <= limit
+
+  while not fits(guess) and guess > 1:
+    guess -= 1
+  while fits(guess + 1):
+    guess += 1
+  return {"rows_per_chip": guess if fits(guess) else 0}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--topology", default="v5e:4x4")
+  parser.add_argument("--rows", default="1,2", help="rows per chip")
+  parser.add_argument("--largest", action="store_true")
+  parser.add_argument("--no_pieces", action="store_true")
+  args, rest = parser.parse_known_args()
+  config = config_lib.parse_flags(rest)
+  devices = topology_devices(args.topology)
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=None), devices)
+  platform = sharding.platform(mesh)
+  limit = MEMORY_BYTES[args.topology.split(":")[0]]
+  measured, result = {}, {}
+  for rows in map(int, args.rows.split(",")):
+    measured[rows] = step_memory(config, mesh, rows)
+    print(f"{rows} rows: {measured[rows]}", flush=True)
+  if args.largest:
+    result["largest"] = largest(config, mesh, measured, limit)
+  first = int(args.rows.split(",")[0])
+  if not args.no_pieces:
+    result["pieces"] = {"rows": first, **pieces(config, mesh, first)}
+  print(
+    json.dumps(
+      {
+        "command": " ".join(["python -m benchmarks.aot", *sys.argv[1:]]),
+        "jax": jax.__version__,
+        "device": devices[0].device_kind,
+        "chips": len(devices),
+        "memory_bytes": limit,
+        "gib_by_rows_per_chip": measured,
+        "flops_per_chip": {"rows": first, **flops(config, first, platform)},
+        **result,
+      }
+    )
+  )
+
+
+if __name__ == "__main__":
+  main()
