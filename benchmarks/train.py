@@ -9,26 +9,33 @@ R2 and R3 are the two models the official code was timed with on a 2-core CPU
 calibration of the same run stands beside every figure.
 
 A step is forward, backward, clipping and AdamW on one device. Compile time is
-apart. Row slots all hold text; every stage is filled to its capacity.
+apart. Row slots all hold text; every stage is filled to its capacity. The 1B
+configs (`--models=aunet2_1b`, on one accelerator) take as many rows as fit, and
+`useful_mfu` is over a square product in the same dtype and the same run.
+`--profile` adds where a step's time goes, by part of the model.
 
 The last line of the output is one JSON object.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
-import os
-import platform
-import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from aunet_jax import attention, counts, optimizer, sharding, state, train
 from aunet_jax import config as config_lib
-from aunet_jax import optimizer, sharding, state, train
 from aunet_jax.config import Config, ModelConfig, StageConfig
+from benchmarks import measure, where_time_goes
 
+PAPER_BYTES_PER_SECOND = {  # arXiv 2506.14761, one H100 of several
+  "aunet2_1b": 225e3,
+  "aunet3_1b": 180e3,
+  "aunet4_1b": 155e3,
+}
 REFERENCE_BYTES_PER_SECOND = {  # official code, eager and compiled
   "R2": (1374, 1639),
   "R3": (1142, 1349),
@@ -41,8 +48,13 @@ def models() -> dict[str, tuple[ModelConfig, int]]:
   deep = dict(dim=512, num_layers=6, head_dim=64, window=1024)
   words = dict(dim=384, num_layers=3, head_dim=64, window=512, capacity=256)
   quickstart = config_lib.parse_flags(["--config=configs/quickstart.py"])
+  large = {
+    name: config_lib.parse_flags([f"--config=configs/{name}.py"]).model
+    for name in PAPER_BYTES_PER_SECOND
+  }
   return {
     "quickstart": (quickstart.model, quickstart.train.batch_size),
+    **{name: (model, 16) for name, model in large.items()},
     "R2": (
       ModelConfig(
         stages=(StageConfig(**byte), StageConfig(**deep, capacity=256)),
@@ -86,47 +98,93 @@ def random_batch(model: ModelConfig, num_rows: int) -> dict[str, np.ndarray]:
   }
 
 
-def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
-  """Best of several float32 square products, in GFLOP/s."""
-  x = jax.random.normal(jax.random.key(0), (size, size))
-  product = jax.jit(jnp.matmul)
-  product(x, x).block_until_ready()
-  times = []
-  for _ in range(repeats):
-    began = time.perf_counter()
-    product(x, x).block_until_ready()
-    times.append(time.perf_counter() - began)
-  return 2 * size**3 / min(times) / 1e9
+def fits(compiled, device) -> bool:
+  """Whether a program's memory is there; unknown (CPU) counts as yes."""
+  limit = (device.memory_stats() or {}).get("bytes_limit")
+  sizes = compiled.memory_analysis()
+  total = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+  total += sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+  return limit is None or total <= limit
 
 
-def time_steps(model: ModelConfig, num_rows: int, repeats: int) -> dict:
+def prepare(model: ModelConfig, num_rows: int):
+  """The compiled step, its config and a batch; the state is not made yet."""
   config = Config(model=model)
   tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   mesh = sharding.make_mesh(config_lib.MeshConfig(data=1), jax.devices()[:1])
-  train_state = state.create_state(model, tx, mesh, seed=0)
-  _, shardings = state.abstract_state(model, tx, mesh)
+  abstract, shardings = state.abstract_state(model, tx, mesh)
   batch = jax.device_put(
     random_batch(model, num_rows), sharding.batch_sharding(mesh)
   )
-  began = time.perf_counter()
-  step = train.compile_step(config, tx, mesh, shardings, train_state, batch)
-  compile_seconds = time.perf_counter() - began
+  step = train.compile_step(config, tx, mesh, shardings, abstract, batch)
+  return step, functools.partial(state.create_state, model, tx, mesh, 0), batch
+
+
+def time_steps(
+  model: ModelConfig, num_rows: int, repeats: int, profiled: bool
+) -> dict:
+  """Times whole steps; halves the rows until the step's memory is there."""
+  while True:
+    began = time.perf_counter()
+    step, create, batch = prepare(model, num_rows)
+    compile_seconds = time.perf_counter() - began
+    if fits(step, jax.devices()[0]):
+      break
+    if num_rows == 1:
+      raise SystemExit("error: one row does not fit in the device's memory.")
+    num_rows //= 2
+  train_state = create()
   times = []
   for _ in range(repeats + 1):  # the first one warms up
     began = time.perf_counter()
     train_state, step_metrics = step(train_state, batch)
     jax.block_until_ready((train_state, step_metrics))
     times.append(time.perf_counter() - began)
+  median = float(np.median(times[1:]))
   num_bytes = num_rows * model.capacities[0]
-  return {
+  platform = jax.default_backend()
+  useful = num_rows * counts.useful_train_flops(model, model.capacities)
+  padded = num_rows * counts.train_flops_per_row(model, num_rows, platform)
+  result = {
     "parameters": sum(x.size for x in jax.tree.leaves(train_state.params)),
+    "param_dtype": model.param_dtype,
+    "dtype": model.dtype,
+    "attention": attention.check(model.stages, platform),
     "rows": num_rows,
     "capacities": model.capacities,
     "compile_seconds": compile_seconds,
-    "step_seconds_median": float(np.median(times[1:])),
+    "step_seconds_median": median,
     "step_seconds_best": min(times[1:]),
-    "bytes_per_second": num_bytes / float(np.median(times[1:])),
+    "bytes_per_second": num_bytes / median,
+    "useful_flops_per_second": useful / median,
+    "padded_flops_per_second": padded / median,
+    "program_gib": step.memory_analysis().temp_size_in_bytes / 2**30,
   }
+  if profiled:
+
+    def run():
+      state_now = train_state
+      for _ in range(2):
+        state_now, step_metrics = step(state_now, batch)
+      jax.block_until_ready((state_now, step_metrics))
+
+    result["where_time_goes"] = where_time_goes.profile(step, run)
+  return result
+
+
+def with_kernels(model: ModelConfig, args) -> ModelConfig:
+  """The model as the flags ask."""
+  if args.attention is not None:
+    model = config_lib.with_attention(model, args.attention)
+  if args.remat is not None:
+    stages = [dataclasses.replace(s, remat=args.remat) for s in model.stages]
+    model = dataclasses.replace(model, stages=tuple(stages))
+  # float32 parameters, gradients and two moments take 16 bytes a parameter.
+  limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)
+  if 18 * counts.num_parameters(model) > limit:
+    model = dataclasses.replace(model, param_dtype="bfloat16")
+    print("parameters in bfloat16: float32 ones do not fit one device")
+  return model
 
 
 def main() -> None:
@@ -135,38 +193,50 @@ def main() -> None:
   )
   parser.add_argument("--models", default="quickstart,R2,R3")
   parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--rows", type=int, help="of a step; halved till it fits")
+  parser.add_argument("--attention", choices=config_lib.ATTENTIONS)
+  parser.add_argument("--remat", choices=config_lib.REMATS)
+  parser.add_argument("--profile", action="store_true")
   args = parser.parse_args()
   known = models()
   for name in args.models.split(","):
     if name not in known:
       parser.error(f"unknown model {name!r}; known: {', '.join(known)}")
-  before = matmul_gflops()
   results = {}
   for name in args.models.split(","):
     model, num_rows = known[name]
-    result = results[name] = time_steps(model, num_rows, args.repeats)
-    line = f"{name}: {result['bytes_per_second']:,.0f} bytes/s"
+    model = with_kernels(model, args)
+    ceiling = measure.matmul_flops(model.dtype)
+    result = time_steps(
+      model, args.rows or num_rows, args.repeats, args.profile
+    )
+    results[name] = result
+    result["matmul_flops_per_second"] = ceiling
+    result["useful_mfu"] = result["useful_flops_per_second"] / ceiling
+    line = (
+      f"{name}: {result['bytes_per_second']:,.0f} bytes/s in steps of "
+      f"{result['rows']} rows, useful MFU {result['useful_mfu']:.1%} of the "
+      f"matmul ceiling {ceiling / 1e12:.2f} TFLOP/s"
+    )
+    peak = counts.peak_flops(jax.devices()[0])
+    if peak:
+      result["useful_mfu_of_data_sheet"] = (
+        result["useful_flops_per_second"] / peak
+      )
     if name in REFERENCE_BYTES_PER_SECOND:
       eager, compiled = REFERENCE_BYTES_PER_SECOND[name]
       result["reference_eager"], result["reference_compiled"] = eager, compiled
       ratio = result["bytes_per_second"] / compiled
       result["ratio_to_reference_compiled"] = ratio
       line += f", {ratio:.2f}x the official code's compiled {compiled:,}"
+    if name in PAPER_BYTES_PER_SECOND:
+      ratio = result["bytes_per_second"] / PAPER_BYTES_PER_SECOND[name]
+      result["ratio_to_paper_h100"] = ratio
+      line += f", {ratio:.2f}x the paper's per H100"
     print(line, flush=True)
-  print(
-    json.dumps(
-      {
-        "command": " ".join(["python -m benchmarks.train", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "jax": jax.__version__,
-        "matmul_gflops_before": before,
-        "matmul_gflops_after": matmul_gflops(),
-        "models": results,
-      }
-    )
-  )
+    for part, share in result.get("where_time_goes", {}).items():
+      print(f"  {share:6.1%}  {part}", flush=True)
+  print(json.dumps({**measure.machine("train"), "models": results}))
 
 
 if __name__ == "__main__":
