@@ -159,7 +159,8 @@ def _model(cells: Sequence[entries.Cell], options: Options) -> dict:
       cell._asdict() | {"spread": _spread(cell.losses)} for cell in cells
     ],
     "budgets": budgets,
-    "power_law": _power_law(cells, budgets, bootstrap),
+    "power_law": _power_law(cells, budgets, fit.least_squares, bootstrap),
+    "no_offset": _power_law(cells, budgets, fit.no_offset, bootstrap),
     "isoflop": _isoflop(cells, budgets, bootstrap),
     "vpnls": _parametric(cells, fit.least_squares, bootstrap),
     "huber": _parametric(cells, fit.huber, bootstrap),
@@ -173,14 +174,15 @@ def _spread(losses: Sequence[float]) -> float | None:
 # ----- the methods ----------------------------------------------------------
 
 
-def _power_law(cells, budgets, bootstrap) -> dict:
+def _power_law(cells, budgets, function, bootstrap) -> dict:
   if len(cells) > len(budgets):
     return entries.not_fitted(
       "budgets have several sizes: see the law through the IsoFLOP valleys."
     )
-  if len(cells) < 3:
+  needed = 2 if function is fit.no_offset else 3
+  if len(cells) < needed:
     return entries.not_fitted(
-      f"{len(cells)} budgets; three parameters need three."
+      f"{len(cells)} budgets; {needed} parameters need {needed}."
     )
   if len(cells) > entries.MANY_BUDGETS and not entries.together(
     cells, ("size", "data")
@@ -189,7 +191,7 @@ def _power_law(cells, budgets, bootstrap) -> dict:
       "size varies at any compute: these runs are no ladder."
     )
   law, replicates, entry = entries.fit_law(
-    fit.least_squares, cells, ("compute",), bootstrap
+    function, cells, ("compute",), bootstrap
   )
   compute = np.array([cell.compute for cell in cells])
   x = entries.grid(compute, 3.0)

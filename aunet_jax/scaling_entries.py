@@ -148,7 +148,8 @@ def _held_out(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
 def _heldout(function, cells, names, bootstrap) -> dict | None:
   """The law without the largest budget, and what it says of that budget."""
   others, last = _held_out(cells)
-  if len(others) < 1 + 2 * len(names) or together(others, names):
+  needed = 2 * len(names) + (function is not fit.no_offset)
+  if len(others) < needed or together(others, names):
     return None
   x_KN, loss_N = columns(others, *names), np.array([c.loss for c in others])
   law = function(x_KN, loss_N)

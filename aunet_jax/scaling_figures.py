@@ -52,7 +52,8 @@ def _points(cells, x, y, style, label, unit, **extra) -> Series:
 
 def _loss_curve(model: dict) -> dict | None:
   """The law of loss against compute: of a ladder, or through the valleys."""
-  for entry in (model["power_law"], model["isoflop"].get("loss_law", {})):
+  laws = (model["power_law"], model["isoflop"].get("loss_law", {}))
+  for entry in (*laws, model["no_offset"]):
     if "curve" in entry:
       return entry["curve"]
   return None
@@ -277,7 +278,7 @@ def _residuals(result: dict) -> Chart | None:
   series = []
   for style, (name, model) in enumerate(result["models"].items()):
     compute = {cell["name"]: cell for cell in model["cells"]}
-    for method in ("power_law", "vpnls"):
+    for method in ("power_law", "vpnls", "no_offset"):
       entry = model[method]
       if "residuals" not in entry:
         continue

@@ -43,10 +43,11 @@ class Law(NamedTuple):
   offset: float
   coefficients: tuple[float, ...]
   exponents: tuple[float, ...]
+  has_offset: bool = True  # False: the offset is 0 and was not fitted
 
   @property
   def num_parameters(self) -> int:
-    return 1 + 2 * len(self.exponents)
+    return self.has_offset + 2 * len(self.exponents)
 
 
 def predict(law: Law, x_KN: np.ndarray) -> np.ndarray:
@@ -65,7 +66,7 @@ def _centred(x_KN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return logs_KN - means_K[:, None], means_K
 
 
-def _check(x_KN: np.ndarray, loss_N: np.ndarray) -> None:
+def _check(x_KN: np.ndarray, loss_N: np.ndarray, offset: bool = True) -> None:
   if x_KN.ndim != 2 or loss_N.shape != x_KN.shape[1:]:
     raise ValueError(
       f"x is {x_KN.shape} and the losses are {loss_N.shape}; give (K, N) and "
@@ -77,7 +78,7 @@ def _check(x_KN: np.ndarray, loss_N: np.ndarray) -> None:
         "every size, amount of data, compute and loss must be above 0 and "
         "finite; leave out the points that are not."
       )
-  needed = 1 + 2 * len(x_KN)
+  needed = offset + 2 * len(x_KN)
   if loss_N.size < needed:
     raise ValueError(
       f"{loss_N.size} points cannot fix {needed} parameters; at least {needed} "
@@ -140,6 +141,20 @@ def least_squares(
     tuple(float(v) for v in weights[1:] * np.exp(exponents_K * means_K)),
     tuple(float(v) for v in exponents_K),
   )
+
+
+def no_offset(
+  x_KN: np.ndarray, loss_N: np.ndarray, start: Law | None = None
+) -> Law:
+  """L = c / x^e: a line in logs, for ladders too short to show an offset.
+
+  Args: x_KN: one row. start: not used, a line has one best fit.
+  Raises: ValueError as `least_squares`.
+  """
+  _check(x_KN, loss_N, offset=False)
+  (x_N,) = x_KN
+  slope, height = np.polyfit(np.log(x_N), np.log(loss_N), 1)
+  return Law(0.0, (math.exp(height),), (float(-slope),), has_offset=False)
 
 
 # ----- Huber loss of log residuals ------------------------------------------
@@ -319,7 +334,8 @@ def parameter_names(num_terms: int) -> list[str]:
 def parameters(law: Law) -> dict[str, float]:
   names = parameter_names(len(law.exponents))
   values = (law.offset, *law.coefficients, *law.exponents)
-  return dict(zip(names, values, strict=True))
+  found = dict(zip(names, values, strict=True))
+  return found if law.has_offset else {n: found[n] for n in names[1:]}
 
 
 def parameter_intervals(
@@ -336,8 +352,9 @@ def parameter_intervals(
     )
     for name, value in parameters(law).items()
   }
-  low, high = spans["E"]
-  return spans | {"E": (max(low, 0.0), high)}
+  if law.has_offset:
+    spans["E"] = (max(spans["E"][0], 0.0), spans["E"][1])
+  return spans
 
 
 def band(

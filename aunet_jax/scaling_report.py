@@ -320,6 +320,7 @@ def _cells(result: dict) -> list[str]:
       title: {r["cell"]: r["relative"] for r in model[method]["residuals"]}
       for method, title in (
         ("power_law", "loss law"),
+        ("no_offset", "no offset"),
         ("vpnls", "variable projection"),
         ("huber", "Huber"),
       )

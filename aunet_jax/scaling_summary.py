@@ -15,6 +15,7 @@ def with_interval(entry: dict) -> str:
 
 METHODS = {
   "power_law": "loss = E + A / C^alpha, C the useful compute",
+  "no_offset": "loss = A / C^alpha, no offset",
   "isoflop": "IsoFLOP parabolas",
   "vpnls": "L = E + A/N^alpha + B/D^beta, variable projection",
   "huber": "L = E + A/N^alpha + B/D^beta, Huber loss",

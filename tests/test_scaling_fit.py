@@ -57,6 +57,16 @@ def test_points_on_a_law_give_the_law(function):
   np.testing.assert_allclose(law.exponents, SURFACE.exponents, rtol=5e-4)
 
 
+def test_a_line_in_logs_needs_two_points_and_has_no_offset():
+  x_KN = np.geomspace(1e12, 1e15, 3)[None]
+  law = fit.no_offset(x_KN, 40 * x_KN[0] ** -0.1)
+  assert law.coefficients[0] == pytest.approx(40) and law.offset == 0
+  assert law.exponents[0] == pytest.approx(0.1) and law.num_parameters == 2
+  assert list(fit.parameters(law)) == ["A", "alpha"]
+  with pytest.raises(ValueError, match="1 points cannot fix 2"):
+    fit.no_offset(x_KN[:, :1], np.array([2.0]))
+
+
 def test_one_outlier_moves_least_squares_and_not_huber():
   x_KN, _ = surface_points()
   loss_N = fit.predict(SURFACE, x_KN)
@@ -228,6 +238,7 @@ def test_the_largest_budget_is_predicted_from_the_others():
 
 def test_what_the_data_cannot_support_is_said():
   two = analysed(ladder_rows([1e13, 1e14]))
+  assert two["no_offset"]["parameters"]["alpha"]["low"] is None
   assert "2 budgets" in two["power_law"]["not_fitted"]
   assert "2 cells" in two["huber"]["not_fitted"]
   three = analysed(ladder_rows([1e13, 2e13, 3e13]))["power_law"]

@@ -173,7 +173,7 @@ def test_ticks_are_round_numbers_within_the_axis(low, high, log, expected):
 def test_a_single_run_makes_a_report_that_fits_nothing(tmp_path):
   plot(write_numbers(tmp_path / "n.jsonl", rows()[:1]), tmp_path / "out")
   text = (tmp_path / "out" / "report.html").read_text("utf-8")
-  assert text.count("Not fitted: ") == 4
+  assert text.count("Not fitted: ") == 5
 
 
 def test_the_committed_study_is_what_its_numbers_give(tmp_path):
