@@ -281,6 +281,7 @@ class Checkpointer:
       nonfinite_in_row=state.nonfinite_in_row,
       nonfinite_total=state.nonfinite_total,
     )
+    self.wait()  # errors of the save before this one are its own
     needed = _num_bytes(state)
     free = shutil.disk_usage(self.directory).free
     if free < needed:
@@ -289,7 +290,6 @@ class Checkpointer:
         f"has {free / 1e6:.1f} MB free; free some space and run the same "
         f"command again to continue from checkpoint {self.latest_step()}."
       )
-    self.wait()  # errors of the save before this one are its own
     self._saving = step
     try:
       saved = self._manager.save(

@@ -482,6 +482,8 @@ def train(setup: Setup) -> int:
     stopped_by = run(setup)
   except (TrainingError, OSError, checkpoint.CheckpointError) as error:
     print(f"\nerror: {error}", file=sys.stderr)
+    with contextlib.suppress(checkpoint.CheckpointError):
+      setup.saver.wait()  # a save that began before may still be whole
     return EXIT_FAILED
   except KeyboardInterrupt:  # a second signal: leave at once
     newest = setup.saver.latest_step()

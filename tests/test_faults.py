@@ -207,6 +207,25 @@ def test_a_save_cut_off_before_its_manifest_is_no_checkpoint(copy, monkeypatch):
     assert (copy / "run" / "checkpoints" / str(step) / manifest.FILE).exists()
 
 
+def test_a_full_disk_leaves_the_checkpoint_it_names(copy, monkeypatch, capsys):
+  """The one before the refused one, still being written then, is whole."""
+  real, usage = manifest.write, shutil.disk_usage
+
+  def write_slowly(folder):
+    time.sleep(0.5)
+    real(folder)
+    monkeypatch.setattr(
+      shutil, "disk_usage", lambda path: usage(path)._replace(free=10)
+    )
+
+  monkeypatch.setattr(manifest, "write", write_slowly)
+  assert run(copy, "--config.train.num_steps=18") == 1
+  error = capsys.readouterr().err
+  assert "checkpoint 15 needs" in error
+  assert "continue from checkpoint 12" in error
+  assert checkpoint.steps(copy / "run")[-1] == 12
+
+
 LOADER = """
 import sys, time
 from aunet_jax import config, data, splitting
