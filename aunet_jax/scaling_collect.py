@@ -78,10 +78,13 @@ def collect(study: Path) -> Table:
 
   Raises: ValueError where the directory is no study.
   """
-  about, cells = scaling_run.read_study(study)
-  planned = {name: i for i, name in enumerate(about["cells"])}
-  cells.sort(key=lambda cell: planned[cell.id])
-  rows = [_row(cell, about) for cell in cells]
+  about = scaling_run.read_about(study)
+  rows = []
+  for name in about["cells"]:
+    try:
+      rows.append(_row(scaling_run.read_cell(study, name), about))
+    except ValueError:
+      rows.append(_lost(name))
   # Directories of this machine tell a reader of the table nothing.
   command = re.sub(r"(?<![\w.])/[^\s,]*/(?=[^\s,/]+)", "…/", about["command"])
   description = {
@@ -95,11 +98,20 @@ def collect(study: Path) -> Table:
   return Table(description, judge(rows))
 
 
-def _row(cell: scaling_run.Cell, about: dict) -> dict:
-  values, workdir = cell.values, cell.workdir
-  row = {
-    "id": cell.id,
-    "model": values["model"],
+def _lost(name: str) -> dict:
+  """A cell whose plan is gone: not even its model is known."""
+  reason = "its cell.json or plan.json is missing or damaged"
+  values = dict.fromkeys(
+    ("seed", "budget_flops", "params", "flops_per_byte"),
+  )
+  return _empty(name, "unknown", values) | {"excluded": reason}
+
+
+def _empty(name: str, model: str, values: dict) -> dict:
+  """A row without anything measured."""
+  return {
+    "id": name,
+    "model": model,
     "seed": values["seed"],
     "budget_flops": values["budget_flops"],
     "params": values["params"],
@@ -112,15 +124,20 @@ def _row(cell: scaling_run.Cell, about: dict) -> dict:
     "fill": None,
     "steps": 0,
     "nonfinite_steps": None,
-    "planned_data": values["data_fingerprint"],
+    "planned_data": values.get("data_fingerprint"),
     "packed_data": None,
     "rules": None,
     "capacities": None,
     "splitter": None,
-    "tokenizer": values["tokenizer"],
-    "run": f"cells/{cell.id}",
+    "tokenizer": values.get("tokenizer"),
+    "run": f"cells/{name}",
     "excluded": None,
   }
+
+
+def _row(cell: scaling_run.Cell, about: dict) -> dict:
+  values, workdir = cell.values, cell.workdir
+  row = _empty(cell.id, values["model"], values)
   try:
     plan = json.loads((workdir / scaling_run.PLAN_FILE).read_text())
     ran = json.loads((workdir / "config.json").read_text())
@@ -131,7 +148,12 @@ def _row(cell: scaling_run.Cell, about: dict) -> dict:
     return row | {"excluded": f"its config.json is damaged: {error}"}
   logged = metrics.read_rows(workdir / metrics.METRICS_FILE)
   row |= {"rules": list(model.rules), "capacities": list(model.capacities)}
-  row |= _measured(logged, model, ran["train"]["batch_size"])
+  try:
+    row |= _measured(logged, model, ran["train"]["batch_size"])
+    diverged = _divergence(logged)
+  except (KeyError, TypeError, ValueError) as error:
+    reason = f"its metrics.jsonl is of another run: {error!r}"
+    return row | {"excluded": reason}
   row |= _identity(workdir)
   different = _differences(plan, ran)
   other = f"ran another config than planned: {', '.join(different[:3])}"
@@ -139,7 +161,7 @@ def _row(cell: scaling_run.Cell, about: dict) -> dict:
     _unfinished(cell, row["steps"])
     or (other if different else None)
     or _foreign(values["data_fingerprint"], about["data_fingerprint"])
-    or _divergence(logged)
+    or diverged
     or (
       None if row["loss"] is not None else "has no held-out figure at its end"
     )
@@ -359,6 +381,11 @@ def read(path: Path) -> Table:
       f"{path} is no {NUMBERS_FILE}: its first line has no loss_unit. "
       f"`fit STUDY --out=DIR` writes one."
     )
+  needed = ("id", "model", "budget_flops", "bytes", "loss", "run", "excluded")
+  for number, row in enumerate(items[1:], start=2):
+    lacking = [key for key in needed if key not in row]
+    if lacking:
+      raise ValueError(f"{path}, line {number}: {lacking[0]} is missing.")
   return Table(items[0], judge(items[1:]))
 
 

@@ -155,12 +155,22 @@ def _about(table: Table, result: dict) -> list[str]:
   units, about = result["units"], table.about
   good = sum(row["excluded"] is None for row in table.rows)
   lines = [
-    f"<p>{good} of {len(table.rows)} runs can be compared; loss is "
+    f"<p>{good} of {len(table.rows)} runs can be compared. Loss: "
     f"{_e(units['loss'])}. N is {_e(units['size'])}, D {_e(units['data'])}, C "
     f"{_e(units['compute'])}. Intervals are 95%, from "
     f"{result['options']['bootstrap']} refits. Seeds of a cell are averaged "
     f"before anything is fitted.</p>"
   ]
+  warnings = sum(
+    len(entry.get("warnings", ()))
+    for model in result["models"].values()
+    for entry, _ in _entries(model)
+  )
+  if warnings:
+    lines.append(
+      f"<p class=warn>{warnings} warnings stand beside the fits below: what "
+      f"they say of the data comes first.</p>"
+    )
   if "command" in about:
     lines.append(f"<p>Planned with <code>{_e(about['command'])}</code>.</p>")
   if "source" in about:
@@ -183,7 +193,7 @@ def _comparison(result: dict) -> list[str]:
   names = [n for n in result["models"] if any(n in r["models"] for r in rows)]
   body = []
   for row in rows:
-    cells = [f"{row['budget']:.3g}"]
+    cells = [number(row["budget"])]
     for name in names:
       entry = row["models"].get(name)
       if entry is None:
@@ -337,7 +347,7 @@ def _cells(result: dict) -> list[str]:
       spread = "" if cell["spread"] is None else f"{cell['spread']:.2g}"
       rows.append(
         [
-          f"{cell['budget']:.3g}",
+          number(cell["budget"]),
           number(cell["size"]),
           number(cell["data"]),
           number(cell["compute"]),
@@ -376,7 +386,7 @@ def _runs(table: Table) -> list[str]:
     out = row["excluded"] is not None
     cells = [_e(row["id"]), f"<td class=text>{_e(row['model'])}</td>"]
     if measured:
-      cells.append(_e(row["seed"]))
+      cells.append("" if row["seed"] is None else _e(row["seed"]))
     cells += [
       number(row.get("budget_flops")),
       number(row.get("params")),

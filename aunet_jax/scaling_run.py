@@ -33,13 +33,13 @@ class Cell(NamedTuple):
   num_steps: int
 
 
-def read_study(study: Path) -> tuple[dict, list[Cell]]:
-  """The study's description and its cells, cheapest first.
+def read_about(study: Path) -> dict:
+  """The study's description, study.json.
 
-  Raises: ValueError where the directory holds no whole study.
+  Raises: ValueError where the directory holds no study.
   """
   try:
-    about = json.loads((study / STUDY_FILE).read_text())
+    return json.loads((study / STUDY_FILE).read_text())
   except FileNotFoundError:
     raise ValueError(
       f"{study} has no {STUDY_FILE}; make a study with "
@@ -47,18 +47,29 @@ def read_study(study: Path) -> tuple[dict, list[Cell]]:
     ) from None
   except ValueError as error:
     raise ValueError(f"{study / STUDY_FILE} is damaged: {error}") from None
-  cells = []
-  for name in about["cells"]:
-    workdir = study / "cells" / name
-    try:
-      values = json.loads((workdir / CELL_FILE).read_text())
-      plan = json.loads((workdir / PLAN_FILE).read_text())
-    except (OSError, ValueError) as error:
-      raise ValueError(
-        f"{workdir} is not as it was planned ({error}); restore it, or plan "
-        f"the study again in another directory."
-      ) from None
-    cells.append(Cell(name, workdir, values, plan["train"]["num_steps"]))
+
+
+def read_cell(study: Path, name: str) -> Cell:
+  """One cell. Raises: ValueError where it is not as it was planned."""
+  workdir = study / "cells" / name
+  try:
+    values = json.loads((workdir / CELL_FILE).read_text())
+    plan = json.loads((workdir / PLAN_FILE).read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{workdir} is not as it was planned ({error}); restore it, or plan "
+      f"the study again in another directory."
+    ) from None
+  return Cell(name, workdir, values, plan["train"]["num_steps"])
+
+
+def read_study(study: Path) -> tuple[dict, list[Cell]]:
+  """The study's description and its cells, cheapest first.
+
+  Raises: ValueError where the directory holds no whole study.
+  """
+  about = read_about(study)
+  cells = [read_cell(study, name) for name in about["cells"]]
   return about, sorted(cells, key=lambda c: (c.values["padded_flops"], c.id))
 
 

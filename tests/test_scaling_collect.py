@@ -144,6 +144,16 @@ BAD = {
     lambda s: rewrite(s, 0, [], {"state": "failed", "reason": "no memory"}),
     "failed: no memory",
   ),
+  "its plan is gone": (
+    lambda s: (cell(s, 0) / "plan.json").unlink(),
+    "its cell.json or plan.json is missing or damaged",
+  ),
+  "the log of another model": (
+    lambda s: (cell(s, 0) / "metrics.jsonl").write_text(
+      json.dumps(log(GOOD, None)[0] | {"fill": [1.0]})
+    ),
+    "its metrics.jsonl is of another run",
+  ),
   "damaged": (
     lambda s: (cell(s, 0) / "config.json").write_text("{"),
     "its config.json is damaged",
@@ -210,6 +220,7 @@ def test_what_cannot_be_compared_is_excluded_and_never_averaged(
   result = json.loads((out / "fits.json").read_text())
   (model,) = result["models"].values()
   (only,) = model["cells"]
+  assert len(only["ids"]) == 3
   assert only["loss"] == pytest.approx((2.31 + 2.32 + 2.33) / 3)
   assert result["excluded"][0]["id"] == rows[0]["id"]
 
@@ -237,6 +248,11 @@ def test_a_table_without_a_usable_run_says_why(study, capsys):
     ("n.jsonl", "[1]\n", "line 1: it is no object"),
     ("n.jsonl", '{"a": 1}\n', "no loss_unit"),
     ("n.jsonl", '{"loss_unit": "b"}\n{', "line 2"),
+    (
+      "n.jsonl",
+      '{"loss_unit": "b"}\n{"id": "x"}',
+      "line 2: model is missing",
+    ),
     ("p.csv", "a,b\n1,2\n", "needed are a loss"),
     ("p.csv", "loss,params\n1,2\n", "two of params, tokens and budget"),
     ("p.csv", "loss,params,tokens\n1,x,3\n", "params='x' is no number"),
