@@ -177,6 +177,22 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
   return tokenizer
 
 
+def keep_compiled_programs() -> None:
+  """Keeps compiled programs on disk: a restart need not compile again.
+
+  On accelerators, where compiling takes minutes. JAX_COMPILATION_CACHE_DIR
+  names another directory, or none where it is empty.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  if jax.default_backend() == "cpu":
+    return
+  cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+  jax.config.update(
+    "jax_compilation_cache_dir", str(cache / "aunet_jax" / "compiled")
+  )
+
+
 class Setup(NamedTuple):
   """A run ready for its next step."""
 
@@ -211,6 +227,7 @@ def prepare(config: Config, workdir: Path) -> Setup:
     if is_main:
       print(line, flush=True)
 
+  keep_compiled_programs()
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
   say(attention.describe(config.model.stages, sharding.platform(mesh)))

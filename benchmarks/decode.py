@@ -1,6 +1,6 @@
 """Decoding speed: this loop, a full forward per byte, and a flat transformer.
 
-  python benchmarks/decode.py --model=R2 --batches=1,8
+  python -m benchmarks.decode --model=R2 --batches=1,8
 
 Prints one JSON object per line. All figures of a line come from one process,
 best of several runs. Bytes are taken from a real text (the choice is computed,
@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import pydoc_data.topics
+import re
 import shlex
 import sys
 import time
@@ -33,6 +34,7 @@ from aunet_jax.generator import make_stats, work_of
 from aunet_jax.sampling import Sampling
 from aunet_jax.splitting import Splitter
 from aunet_jax.state import init_params
+from benchmarks import measure
 
 TEXT = "\n".join(pydoc_data.topics.topics.values()).encode()
 
@@ -262,6 +264,31 @@ def time_forward(bench: Bench, repeats: int) -> float:
   return best
 
 
+def bandwidth_share(bench: Bench, bytes_per_second: float) -> dict:
+  """Weights read per second, over what reading one large array reaches.
+
+  A byte reads the byte stage's weights, and those of a deeper stage once for
+  each of its boundaries; caches are not counted.
+  """
+  per_byte = [1, *bench.boundaries_per_byte()]
+  sizes = [0.0] * bench.config.num_stages
+  for name, weights in bench.weights.items():
+    if name == "embed":
+      continue  # one row of it
+    number = re.search(r"\d", name)  # pool_1 runs at boundaries of stage 2
+    stage = int(number[0]) - 1 if number else 0
+    stage += name.startswith(("pool", "upsample"))
+    stage = bench.config.num_stages - 1 if name == "deepest" else stage
+    sizes[stage] += sum(x.nbytes for x in jax.tree.leaves(weights))
+  read = sum(n * size for n, size in zip(per_byte, sizes, strict=True))
+  bandwidth = measure.memory_bandwidth()
+  return {
+    "weight_bytes_per_byte": read,
+    "memory_bandwidth": bandwidth,
+    "memory_bandwidth_share": read * bytes_per_second / bandwidth,
+  }
+
+
 def bench_speed(args, config, batch):
   bench = Bench(config, batch, args.prompt_bytes, args.max_bytes, args.int8)
   total = batch * args.max_bytes
@@ -288,6 +315,8 @@ def bench_speed(args, config, batch):
   best = max(
     run["decode_bytes_per_second"] for run in line["schedules"].values()
   )
+  if batch == 1:
+    line |= bandwidth_share(bench, best)
   if args.baselines:
     line["forward_bytes_per_second"] = batch / time_forward(bench, 2)
     line["ratio_to_forward"] = best / line["forward_bytes_per_second"]

@@ -446,6 +446,32 @@ def test_two_runs_do_not_share_a_workdir(finished, capsys):
   assert run(corpus, finished, "--config.train.num_steps=6") == 0
 
 
+@pytest.mark.parametrize(
+  ("backend", "set_to", "expected"),
+  [
+    ("tpu", None, "aunet_jax/compiled"),
+    ("gpu", "/elsewhere", "/elsewhere"),
+    ("gpu", "", ""),
+    ("cpu", None, None),
+  ],
+)
+def test_compiled_programs_are_kept_on_accelerators(
+  backend, set_to, expected, monkeypatch, tmp_path
+):
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  try:
+    jax.config.update("jax_compilation_cache_dir", set_to)
+    startup.keep_compiled_programs()
+    found = jax.config.jax_compilation_cache_dir
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+  if set_to is None and expected is not None:
+    expected = str(tmp_path / expected)
+  assert found == expected
+
+
 def test_an_interval_without_a_finite_loss_is_null():
   config = tiny()
   interval = metrics.Interval()
