@@ -126,7 +126,8 @@ def _cells(rows: Sequence[dict], size: str) -> list[entries.Cell]:
   """Runs that differ in their seed alone, together; smallest budget first."""
   groups = {}
   for row in rows:
-    known = (row["budget_flops"], row[size], row.get("params"))
+    keys = ("budget_flops", size, "params", "learning_rate", "batch_bytes")
+    known = tuple(row.get(key) for key in keys)
     groups.setdefault(known if "seed" in row else row["id"], []).append(row)
   cells = []
   for some in groups.values():
@@ -145,19 +146,37 @@ def _cells(rows: Sequence[dict], size: str) -> list[entries.Cell]:
         ),
         statistics.mean(losses),
         losses,
+        some[0].get("learning_rate") is not None,
       )
     )
   return sorted(cells, key=lambda c: (c.budget, c.size, c.name))
 
 
+def _best_settings(
+  cells: Sequence[entries.Cell],
+) -> tuple[list[entries.Cell], list[entries.Cell]]:
+  """(the best cell of every budget, size and data; the others of a sweep).
+
+  Cells of one budget and size differ in learning rate or batch. Published
+  points have neither: all of them are kept.
+  """
+  best = {}
+  for cell in cells:
+    key = (cell.budget, cell.size) if cell.swept else cell.name
+    if key not in best or cell.loss < best[key].loss:
+      best[key] = cell
+  kept = {cell.name for cell in best.values()}
+  return list(best.values()), [cell for cell in cells if cell.name not in kept]
+
+
 def _model(cells: Sequence[entries.Cell], options: Options) -> dict:
+  cells, others = _best_settings(cells)
   budgets = sorted({cell.budget for cell in cells})
   bootstrap = entries.Bootstrap(options.bootstrap, options.seed)
   return {
     "runs": sum(len(cell.ids) for cell in cells),
-    "cells": [
-      cell._asdict() | {"spread": _spread(cell.losses)} for cell in cells
-    ],
+    "cells": [_shown(cell) for cell in cells],
+    "other_settings": [_shown(cell) for cell in others],
     "budgets": budgets,
     "power_law": _power_law(cells, budgets, fit.least_squares, bootstrap),
     "no_offset": _power_law(cells, budgets, fit.no_offset, bootstrap),
@@ -167,8 +186,9 @@ def _model(cells: Sequence[entries.Cell], options: Options) -> dict:
   }
 
 
-def _spread(losses: Sequence[float]) -> float | None:
-  return statistics.stdev(losses) if len(losses) > 1 else None
+def _shown(cell: entries.Cell) -> dict:
+  spread = statistics.stdev(cell.losses) if len(cell.losses) > 1 else None
+  return cell._asdict() | {"spread": spread}
 
 
 # ----- the methods ----------------------------------------------------------
@@ -318,7 +338,7 @@ def _valley_laws(valleys, bootstrap, warnings) -> dict:
       f"{line.without_valley:.0%} of the redrawn parabolas have no lowest "
       f"point: the valleys are too shallow for their noise."
     )
-  if line.scatter > 2:
+  if line.scatter > 1:
     warnings.append(
       f"the valleys scatter {line.scatter:.2g} times as much about a power law "
       f"as their noise explains; intervals are widened by that."

@@ -98,12 +98,20 @@ def collect(study: Path) -> Table:
   return Table(description, judge(rows))
 
 
+# Of cell.json: what tells cells of a model apart, whatever their seeds.
+_PLANNED = (
+  "budget_flops",
+  "params",
+  "flops_per_byte",
+  "learning_rate",
+  "batch_bytes",
+)
+
+
 def _lost(name: str) -> dict:
   """A cell whose plan is gone: not even its model is known."""
   reason = "its cell.json or plan.json is missing or damaged"
-  values = dict.fromkeys(
-    ("seed", "budget_flops", "params", "flops_per_byte"),
-  )
+  values = dict.fromkeys(("seed", *_PLANNED))
   return _empty(name, "unknown", values) | {"excluded": reason}
 
 
@@ -113,9 +121,7 @@ def _empty(name: str, model: str, values: dict) -> dict:
     "id": name,
     "model": model,
     "seed": values["seed"],
-    "budget_flops": values["budget_flops"],
-    "params": values["params"],
-    "flops_per_byte": values["flops_per_byte"],
+    **{key: values[key] for key in _PLANNED},
     "loss": None,
     "heldout_bytes": None,
     "bytes": None,
@@ -321,7 +327,7 @@ def judge(rows: Sequence[dict]) -> list[dict]:
   ):
     for group in groups:
       _exclude_minority(group, key, what)
-  for cell in groups_by("model", "budget_flops", "flops_per_byte", "params"):
+  for cell in groups_by("model", *_PLANNED):
     good = [row for row in cell if row["excluded"] is None]
     if len(good) < 3 or any("seed" not in row for row in good):
       continue

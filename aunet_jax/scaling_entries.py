@@ -40,6 +40,7 @@ class Cell(NamedTuple):
   compute: float  # useful FLOPs run; published points: their budget
   loss: float
   losses: list[float]
+  swept: bool = False  # may differ from others in learning rate or batch alone
 
 
 def not_fitted(reason: str) -> dict:

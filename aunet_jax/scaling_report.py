@@ -367,6 +367,17 @@ def _cells(result: dict) -> list[str]:
       if len(rows) <= 60
       else f"<details><summary>{_e(name)}</summary>{table}</details>"
     )
+    if model["other_settings"]:
+      rows = [
+        [number(cell["budget"]), number(cell["size"]), f"{cell['loss']:.4f}",
+         f"<td class=text>{_run_links(cell['ids'])}</td>"]
+        for cell in model["other_settings"]
+      ]  # fmt: skip
+      parts += [
+        f"<p>{_e(name)}: other learning rates or batches of the same cells, "
+        f"worse and not fitted</p>",
+        _table(["budget", "N", "loss", "<th class=text>runs"], rows),
+      ]
   return parts
 
 

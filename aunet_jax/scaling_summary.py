@@ -38,6 +38,9 @@ def summary(result: dict) -> str:
       f"{name}: {model['runs']} runs, {len(model['cells'])} cells, "
       f"{len(model['budgets'])} budgets",
     ]
+    if model["other_settings"]:
+      names = ", ".join(cell["name"] for cell in model["other_settings"])
+      lines.append(f"  worse learning rates or batches, not fitted: {names}")
     for method, title in METHODS.items():
       lines += [f"  {line}" for line in _method(model[method], title)]
   if result["comparison"]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from aunet_jax import scaling_fit as fit
 
@@ -125,8 +126,8 @@ def valley_line(
 ) -> ValleyLine:
   """Power law of the best size, with the parabolas' noise carried through.
 
-  Where the lowest points scatter more about the line than that noise explains,
-  the interval is widened by their ratio (Birge's).
+  Where the lowest points scatter more about the line than that noise explains
+  (chi squared at `CONFIDENCE`), the interval is widened by Birge's ratio.
   """
   logs_B = np.log([one.compute for one in valleys])
   best_B = np.log([one.best_size for one in valleys])
@@ -149,7 +150,9 @@ def valley_line(
     rest_B = best_B - factor - exponent * logs_B
     spread_B = np.maximum(sizes_RB.std(axis=0), 1e-12)
     chi = float(np.sum((rest_B / spread_B) ** 2))
-    ratio = math.sqrt(max(1.0, chi / (len(valleys) - 2)))
+    degrees_of_line = len(valleys) - 2
+    if chi > stats.chi2.ppf(fit.CONFIDENCE, degrees_of_line):
+      ratio = math.sqrt(chi / degrees_of_line)
   widened_R = exponent + ratio * (slopes_R - exponent)
   return nothing._replace(
     interval=fit.interval(exponent, widened_R, degrees),

@@ -7,7 +7,8 @@ Losses are drawn about a known law with log-normal noise, fitted and given
 intervals as `aunet_jax.scaling fit` does; a trial counts for a parameter when
 its interval holds the truth. Designs: a ladder of budgets with one size each;
 grids of budgets x sizes; IsoFLOP parabolas (5 budgets of 7 sizes) over a
-symmetric and a skewed surface, at sizes between two multiples of the best.
+symmetric and a skewed surface, at sizes between two multiples of the best,
+where a parabola's own error shows once noise is small.
 `loss_beyond` is the law's loss at three times the largest compute, or at three
 times the largest size and data.
 
@@ -35,12 +36,15 @@ SYMMETRIC = fit.Law(1.8, (480.0, 480.0), (0.35, 0.35))
 ASYMMETRIC = fit.Law(1.8, (6000.0, 500.0), (0.5, 0.3))
 
 
-def isoflop_grid(law: fit.Law, num_budgets: int, num_sizes: int, reach: float):
-  """Sizes and data (2, N) about the best of each budget, and budgets (N,)."""
+def isoflop_grid(law: fit.Law, num_budgets: int, num_sizes: int, low, high):
+  """Sizes and data (2, N) about the best of each budget, and budgets (N,).
+
+  Args: low, high: sizes of a budget, as multiples of its best.
+  """
   best = fit.allocation(law, 6.0)
   budget = np.repeat(np.geomspace(1e18, 1e21, num_budgets), num_sizes)
   middle = np.exp(best.size_log_factor) * budget**best.size_exponent
-  steps = np.geomspace(1 / reach, reach, num_sizes)
+  steps = np.geomspace(low, high, num_sizes)
   size = middle * np.tile(steps, num_budgets)
   return np.array([size, budget / (6 * size)]), budget
 
@@ -82,8 +86,9 @@ def isoflop_trial(law, x_KN, budget_N, noise, rng, seed, bootstrap):
 
 def _inside(spans, truth):
   return {
-    name: (low <= truth[name] <= high, (high - low) / abs(truth[name]))
-    for name, (low, high) in spans.items()
+    name: (span[0] <= truth[name] <= span[1], np.ptp(span) / abs(truth[name]))
+    for name, span in spans.items()
+    if span is not None  # then none is stated
   }
 
 
@@ -97,28 +102,53 @@ def designs():
     )
 
   def grid(function, budgets, sizes, noise):
-    x_KN, _ = isoflop_grid(SURFACE, budgets, sizes, 4.0)
+    x_KN, _ = isoflop_grid(SURFACE, budgets, sizes, 1 / 4, 4.0)
     return lambda *rest: law_trial(function, SURFACE, x_KN, noise, *rest)
 
-  def valleys(law, reach, noise):
-    x_KN, budget_N = isoflop_grid(law, 5, 7, reach)
+  def valleys(law, low, high, noise):
+    x_KN, budget_N = isoflop_grid(law, 5, 7, low, high)
     return lambda *rest: isoflop_trial(law, x_KN, budget_N, noise, *rest)
 
   def named(text, trial, trials, bootstrap=200):
-    return f"{text}, noise 0.5%", (trial, trials, bootstrap)
+    return text, (trial, trials, bootstrap)
 
-  noise = 5e-3
+  half, tenth = 5e-3, 1e-3
   return dict(
     [
-      named("power law, 5 budgets x 3 seeds", ladder(5, noise, 3), 300),
-      named("power law, 8 budgets x 1 seed", ladder(8, noise, 1), 300),
-      named("vpnls, 4 x 7", grid(fit.least_squares, 4, 7, noise), 150),
-      named("vpnls, 6 x 9", grid(fit.least_squares, 6, 9, noise), 150),
-      named("huber, 4 x 7", grid(fit.huber, 4, 7, noise), 80, 100),
-      named("huber, 6 x 9", grid(fit.huber, 6, 9, noise), 80, 100),
-      named("isoflop, symmetric, 1/4 to 4", valleys(SYMMETRIC, 4, noise), 500),
-      named("isoflop, skewed, 1/4 to 4", valleys(ASYMMETRIC, 4, noise), 500),
-      named("isoflop, skewed, 1/2 to 2", valleys(ASYMMETRIC, 2, noise), 500),
+      named(
+        "power law, 5 budgets x 3 seeds, noise 0.5%", ladder(5, half, 3), 100
+      ),
+      named(
+        "power law, 8 budgets x 1 seed, noise 0.5%", ladder(8, half, 1), 100
+      ),
+      named(
+        "vpnls, 4 x 7, noise 0.5%", grid(fit.least_squares, 4, 7, half), 100
+      ),
+      named(
+        "vpnls, 6 x 9, noise 0.5%", grid(fit.least_squares, 6, 9, half), 100
+      ),
+      named("huber, 4 x 7, noise 0.5%", grid(fit.huber, 4, 7, half), 80, 100),
+      named("huber, 6 x 9, noise 0.5%", grid(fit.huber, 6, 9, half), 80, 100),
+      named(
+        "isoflop, symmetric, 1/4 to 4, noise 0.5%",
+        valleys(SYMMETRIC, 1 / 4, 4, half),
+        500,
+      ),
+      named(
+        "isoflop, skewed, 1/4 to 4, noise 0.5%",
+        valleys(ASYMMETRIC, 1 / 4, 4, half),
+        500,
+      ),
+      named(
+        "isoflop, skewed, 1/4 to 4, noise 0.1%",
+        valleys(ASYMMETRIC, 1 / 4, 4, tenth),
+        500,
+      ),
+      named(
+        "isoflop, skewed, 1/2 to 16, noise 0.1%",
+        valleys(ASYMMETRIC, 1 / 2, 16, tenth),
+        500,
+      ),
     ]
   )
 
@@ -151,7 +181,10 @@ def main() -> None:
       share = float(np.mean([inside for inside, _ in values]))
       entry["parameters"][key] = {
         "coverage": round(share, 4),
-        "standard_error": round(math.sqrt(share * (1 - share) / trials), 4),
+        "standard_error": round(
+          math.sqrt(share * (1 - share) / len(values)), 4
+        ),
+        "intervals": len(values),
         "median_relative_width": float(
           f"{np.median([width for _, width in values]):.3g}"
         ),

@@ -222,6 +222,26 @@ def test_seeds_are_one_cell_and_do_not_pass_for_budgets():
   assert cell["loss"] == pytest.approx(np.mean(cell["losses"]), rel=1e-4)
 
 
+def test_of_a_sweep_the_best_setting_is_fitted_and_the_others_are_listed():
+  rows = []
+  for rate in (1e-3, 2e-3):
+    some = table(ladder_rows([1e13, 1e14], seeds=2, model="m")).rows
+    worse = 0.2 if rate == 1e-3 else 0.0
+    rows += [
+      row
+      | {"id": f"{row['id']}-{rate}", "learning_rate": rate}
+      | {"loss": row["loss"] + worse, "batch_bytes": 8192.0}
+      for row in some
+    ]
+  result = scaling_analysis.analyse(
+    table([])._replace(rows=rows), scaling_analysis.Options(bootstrap=50)
+  )
+  model = result["models"]["m"]
+  assert (model["runs"], len(model["cells"])) == (4, 2)
+  assert all("0.002" in cell["ids"][0] for cell in model["cells"])
+  assert len(model["other_settings"]) == 2
+
+
 def test_the_largest_budget_is_predicted_from_the_others():
   rows = ladder_rows(np.geomspace(1e13, 1e16, 6), noise=1e-5)
   held = analysed(rows)["power_law"]["heldout"]
