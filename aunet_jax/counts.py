@@ -306,6 +306,62 @@ def kv_cache_bytes(model: ModelConfig) -> tuple[int, ...]:
   return tuple(result)
 
 
+# ----- what devices send each other -----------------------------------------
+
+
+def collective_bytes(
+  model: ModelConfig,
+  *,
+  data: int = 1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  grad_accumulation: int = 1,
+) -> dict[str, float]:
+  """Bytes per device and training step that a mesh must cost.
+
+  Of a collective, the largest array that one device holds in it (as
+  `collectives` counts). `fsdp` splits every matrix between stages or in blocks
+  by its "embed" dim, `tensor` by another; embedding, head and norms are whole
+  everywhere.
+
+  parameter_gathers: in the compute dtype, once for the forward pass and once
+    for the backward; a block that is computed again (remat) does so in the
+    loop that already holds its matrices. The matrices of upsampling are
+    gathered once, outside any loop, and kept.
+  gradient_reductions: of split matrices, in the compute dtype: summed over
+    `fsdp`, each device keeping its part, and the parts over `data`; of whole
+    parameters, summed in full.
+
+  Both happen for every microbatch. Activations that `tensor` sums are not
+  here.
+  """
+  layered = gathered_once = gathered_twice = whole = 0
+  for kinds in parameters(model):
+    layered += kinds["attention"] + kinds["ffn"]
+    gathered_twice += kinds.get("pool", 0)
+    gathered_once += kinds.get("upsample", 0)
+    whole += sum(
+      kinds.get(kind, 0)
+      for kind in ("norms", "embedding", "head", "level head")
+    )
+  size = _itemsize(model.dtype)
+  split = layered + gathered_once + gathered_twice
+  gathers = 2 * layered + 2 * gathered_twice + gathered_once
+  reductions = 0.0
+  if fsdp > 1:
+    reductions += split / tensor * size
+  if data > 1:
+    reductions += split / tensor / fsdp * size
+  if data * fsdp > 1:
+    reductions += whole * size
+  return {
+    "parameter_gathers": (
+      grad_accumulation * gathers / tensor * size if fsdp > 1 else 0.0
+    ),
+    "gradient_reductions": grad_accumulation * reductions,
+  }
+
+
 # ----- the report -----------------------------------------------------------
 
 

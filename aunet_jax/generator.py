@@ -90,7 +90,7 @@ def default_schedule(batch: int, num_stages: int) -> str:
 
 
 _prefill = jax.jit(prefill.prefill, static_argnames=("config", "rings"))
-_run = jax.jit(
+run_program = jax.jit(
   decode.run,
   static_argnames=(
     "config",
@@ -110,6 +110,27 @@ def _next_logprobs(logits_BLV, bytes_BL):
   logprob_BLV = jax.nn.log_softmax(logits_BLV[:, :-1], axis=-1)
   next_BL1 = bytes_BL[:, 1:, None]
   return jnp.take_along_axis(logprob_BLV, next_BL1, axis=2)[:, :, 0]
+
+
+def state_shardings(state: State, mesh: Mesh) -> State:
+  """Rows over `data`, heads over `tensor`; of arrays or their shapes.
+
+  Not over `fsdp`: with rows on both axes, XLA's partitioner (jax 0.10.2, CPU)
+  compiles the loop to one that mixes rows up.
+  """
+  batch = state.done_B.shape[0]
+  rows = None if batch % mesh.shape["data"] else "data"
+
+  def place(x):
+    if x.ndim == 0 or x.shape[0] != batch:
+      spec = PartitionSpec()
+    elif x.ndim == 4 and x.shape[1] % mesh.shape["tensor"] == 0:
+      spec = PartitionSpec(rows, "tensor")
+    else:
+      spec = PartitionSpec(rows)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree.map(place, state)
 
 
 class Generator:
@@ -244,26 +265,6 @@ class Generator:
     )
     return state, rows, np.repeat(logprobs_BL, num_samples, axis=0)
 
-  def _shard(self, state: State) -> State:
-    """Rows over `data`, heads over `tensor`.
-
-    Not over `fsdp`: with rows on both axes, XLA's partitioner (jax 0.10.2, CPU)
-    compiles the loop to one that mixes rows up.
-    """
-    batch = state.done_B.shape[0]
-    rows = None if batch % self.mesh.shape["data"] else "data"
-
-    def place(x):
-      if x.ndim == 0 or x.shape[0] != batch:
-        spec = PartitionSpec()
-      elif x.ndim == 4 and x.shape[1] % self.mesh.shape["tensor"] == 0:
-        spec = PartitionSpec(rows, "tensor")
-      else:
-        spec = PartitionSpec(rows)
-      return jax.device_put(x, NamedSharding(self.mesh, spec))
-
-    return jax.tree.map(place, state)
-
   def generate(
     self,
     prompts: Sequence[bytes],
@@ -320,7 +321,11 @@ class Generator:
       state, rows, prompt_logprobs_BL = self._start(
         prompts, num_samples, seeds, max_bytes, stop, settings
       )
-      state = state if self.mesh is None else self._shard(state)
+      state = (
+        state
+        if self.mesh is None
+        else jax.device_put(state, state_shardings(state, self.mesh))
+      )
       texts = [RowText(stop) for _ in range(batch)]
       work = jax.device_get(work_of(state))
       with contextlib.suppress(KeyboardInterrupt):
@@ -352,7 +357,7 @@ class Generator:
   ) -> Iterator[tuple[Output, "Work"]]:
     turns = jnp.int32(STREAM_TURNS if streams else MAX_TURNS)
     while True:
-      state, output = _run(
+      state, output = run_program(
         self.weights,
         state,
         turns,

@@ -8,6 +8,7 @@ parameters, `tensor` splits heads and feed-forward columns.
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aunet_jax.config import MeshConfig
@@ -62,10 +63,38 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
   return tuple(sizes)
 
 
+def count_slices(devices) -> int:
+  """TPU slices the devices belong to; 1 for other devices."""
+  # A lone slice's devices have no index.
+  slices = {
+    getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"
+  }
+  return max(1, len(slices))
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """A `data` x `fsdp` x `tensor` mesh over all (or the given) devices."""
+  """A `data` x `fsdp` x `tensor` mesh over all (or the given) devices.
+
+  Over several TPU slices, `data` alone crosses the network between them; the
+  other axes stay inside a slice.
+
+  Raises: ValueError where the sizes do not fit the devices or the slices.
+  """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
+  num_slices = count_slices(devices)
+  if num_slices > 1:
+    data, fsdp, tensor = shape
+    if data % num_slices:
+      raise ValueError(
+        f"mesh.data={data} must be a multiple of the {num_slices} slices: "
+        f"fsdp={fsdp} and tensor={tensor} stay inside a slice of "
+        f"{len(devices) // num_slices} devices."
+      )
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (data // num_slices, fsdp, tensor), (num_slices, 1, 1), devices
+    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
   # Auto axes: Linen layers raise under the newer explicit sharding types.
   return jax.make_mesh(
     shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices

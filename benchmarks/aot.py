@@ -20,72 +20,22 @@ The last line of the output is one JSON object.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
-import os
 import sys
 import time
 
-# Compiling for TPUs asks no TPU, and several compilations may go on at once.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_WORKER_ID", "0")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-if "--topology=h100" in sys.argv:  # kernels cannot be timed to choose one
-  os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
-  )
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-import dataclasses  # noqa: E402
+from aunet_jax import ahead, counts, layers, pooling, sharding
+from aunet_jax import config as config_lib
+from aunet_jax.config import Config, MeshConfig
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
-
-from aunet_jax import config as config_lib  # noqa: E402
-from aunet_jax import (  # noqa: E402
-  counts,
-  layers,
-  optimizer,
-  pooling,
-  sharding,
-  state,
-  train,
-)
-from aunet_jax.config import Config, MeshConfig  # noqa: E402
-
-GIB = 2**30
+GIB = ahead.GIB
 MEMORY_BYTES = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9, "h100": 80e9}
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 28 patch: 1 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-def topology_devices(name: str) -> list:
-  """The devices of a TPU topology such as v5e:4x4, or one H100."""
-  if name == "h100":
-    return topologies.get_topology_desc(
-      platform="cuda", topology_name="", target_config=H100, topology="1x1x1"
-    ).devices
-  return topologies.get_topology_desc(
-    platform="tpu", topology_name=name
-  ).devices
 
 
 def memory(compiled) -> dict[str, float]:
@@ -110,27 +60,10 @@ def step_memory(config: Config, mesh, rows: int) -> dict | None:
       config.train, batch_size=num_rows, grad_accumulation=1
     ),
   )
-  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
-  abstract, shardings = state.abstract_state(config.model, tx, mesh)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    abstract,
-    shardings,
-  )
-  row = jax.ShapeDtypeStruct(
-    (num_rows, config.model.capacities[0]),
-    jnp.int32,
-    sharding=sharding.batch_sharding(mesh),
-  )
-  names = ("bytes", "targets", "levels", "documents", "weights")
   began = time.perf_counter()
   try:
-    compiled = train.compile_step(
-      config, tx, mesh, shardings, abstract, dict.fromkeys(names, row)
-    )
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
+    compiled = ahead.compile_train(config, mesh)
+  except ahead.DoesNotFit:
     return None
   seconds = round(time.perf_counter() - began, 1)
   return {**memory(compiled), "compile_seconds": seconds}
@@ -239,7 +172,7 @@ def main() -> None:
   parser.add_argument("--no_pieces", action="store_true")
   args, rest = parser.parse_known_args()
   config = config_lib.parse_flags(rest)
-  devices = topology_devices(args.topology)
+  devices = ahead.topology_devices(args.topology)
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=None), devices)
   platform = sharding.platform(mesh)
   limit = MEMORY_BYTES[args.topology.split(":")[0]]
