@@ -34,6 +34,7 @@ def join_cluster(
   num_processes: int | None,
   process_id: int | None,
   timeout_seconds: int,
+  heartbeat_seconds: int,
 ) -> None:
   """Connects the processes of a run; does nothing for a run of one.
 
@@ -44,6 +45,8 @@ def join_cluster(
       how many there must be.
     timeout_seconds: how long to wait for the others; then the process ends
       with EXIT_FAILED.
+    heartbeat_seconds: how long a process may be silent, later on, before the
+      runtime ends all the others (with its own message and SIGABRT).
   Raises: ValueError where the flags contradict each other, ConnectionError
     where processes are missing.
   """
@@ -82,6 +85,7 @@ def join_cluster(
       num_processes=num_processes if coordinator else None,
       process_id=process_id,
       initialization_timeout=timeout_seconds + 60,
+      heartbeat_timeout_seconds=heartbeat_seconds,
     )
   except (RuntimeError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]

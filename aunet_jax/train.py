@@ -451,6 +451,13 @@ def main(argv: list[str] | None = None) -> int:
     metavar="SECONDS",
     help="how long to wait for the other processes (default 300)",
   )
+  hosts.add_argument(
+    "--heartbeat_timeout",
+    type=int,
+    default=100,
+    metavar="SECONDS",
+    help="how long a process may be silent before the others end (default 100)",
+  )
   args, overrides = parser.parse_known_args(argv)
   workdir = Path(args.workdir)
   with contextlib.ExitStack() as open_things:
@@ -461,6 +468,7 @@ def main(argv: list[str] | None = None) -> int:
         args.num_processes,
         args.process_id,
         args.start_timeout,
+        args.heartbeat_timeout,
       )
       config = config_lib.parse_flags([f"--config={args.config}", *overrides])
       open_things.enter_context(lock_workdir(workdir))

@@ -45,13 +45,13 @@ def _texts(count, seed=0):
   ]
 
 
-def _open(tmp_path, texts=None, **settings):
+def _open(tmp_path, texts=None, capacities=CAPACITIES, **settings):
   """Corpora of texts, or of `train=PATH`; nothing held out unless asked."""
   if texts is not None:
     settings["train"] = _write(tmp_path, texts)
   cfg = config.DataConfig(**{"heldout_fraction": 0.0, **settings})
   return data.open_corpora(
-    cfg, SPLITTER, CAPACITIES, tmp_path / "cache", log=_quiet
+    cfg, SPLITTER, capacities, tmp_path / "cache", log=_quiet
   )
 
 
@@ -107,13 +107,14 @@ def _all_rows(corpus):
   lengths=st.lists(
     st.integers(0, 30) | st.integers(0, 1200), min_size=1, max_size=25
   ),
+  capacities=st.sampled_from([CAPACITIES, (24, 24, 24), (40, 3, 1), (7, 7, 2)]),
   processes=st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 4), (4, 2)]),
   stop=st.integers(0, 1000),
   seed=st.integers(0, 2**40),
 )
 @settings(max_examples=25, deadline=None)
 def test_an_epoch_is_every_byte_once_across_a_stop_at_other_processes(
-  tmp_path_factory, lengths, processes, stop, seed
+  tmp_path_factory, lengths, capacities, processes, stop, seed
 ):
   texts = [f"{i} ".ljust(n, "a")[:n] for i, n in enumerate(lengths)]
   tmp_path = tmp_path_factory.mktemp("epoch")
@@ -121,7 +122,7 @@ def test_an_epoch_is_every_byte_once_across_a_stop_at_other_processes(
     with pytest.raises(ValueError, match="no documents to train on"):
       _open(tmp_path, texts)
     return
-  corpus, _ = _open(tmp_path, texts)
+  corpus, _ = _open(tmp_path, texts, capacities)
   num_batches = -(-corpus.num_rows // 4)
   stop = stop % (num_batches + 1)
   before, after = (_loaders(corpus, count, seed=seed) for count in processes)
@@ -134,7 +135,20 @@ def test_an_epoch_is_every_byte_once_across_a_stop_at_other_processes(
   assert rows == _all_rows(corpus)
   assert _take(after, num_batches) == rows  # the next epoch has the same rows
   _close(before + after)
-  # Rows hold each target of each document once: count them by value.
+  # Rows hold each position of each document once, and its target.
+  (store,) = corpus.stores
+  positions = collections.Counter(
+    (piece.document, position)
+    for index in range(corpus.num_rows)
+    for piece in store.pieces(index)
+    for position in range(piece.start, piece.stop)
+  )
+  kept = [text for text in texts if text]
+  assert positions == collections.Counter(
+    (number, position)
+    for number, text in enumerate(kept)
+    for position in range(len(text) + 1)
+  )
   targets = collections.Counter()
   for index in range(corpus.num_rows):
     row = corpus.row(index)

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,7 @@ def one_device(tmp_path_factory, corpus) -> list[float]:
   return losses(workdir)
 
 
+@pytest.mark.slow  # the next test does the same with a stop in the middle
 def test_two_processes_train_as_one(tmp_path, corpus, one_device):
   finish(*two_processes(tmp_path, corpus, "--config.mesh.fsdp=2"))
   np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
@@ -98,6 +100,28 @@ def test_every_mesh_trains_as_one_device(tmp_path, corpus, one_device, mesh):
     for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
   ]
   finish(start(tmp_path, corpus, 8, *flags))
+  np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
+
+
+def test_two_processes_train_as_one_though_one_was_killed_in_a_save(
+  tmp_path, corpus, one_device
+):
+  flags = ("--config.mesh.fsdp=2", "--heartbeat_timeout=5")
+  first, second = two_processes(tmp_path, corpus, *flags)
+  checkpoints = tmp_path / "checkpoints"
+  while not any(checkpoints.glob("7*")):  # until its save has begun
+    assert first.poll() is None and second.poll() is None
+    time.sleep(0.001)
+  second.kill()
+  _, error = first.communicate()  # it ends by itself, and says why
+  assert first.returncode not in (0, 75)
+  assert "another task died" in error or "error:" in error, error
+  second.communicate()
+  saved = (checkpoints / "7").exists()
+  first, second = two_processes(tmp_path, corpus, *flags)
+  said, _ = first.communicate()
+  assert (first.returncode, second.wait()) == (0, 0)
+  assert ("continuing from checkpoint 7" in said) == saved
   np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
 
 
