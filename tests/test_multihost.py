@@ -86,7 +86,6 @@ def one_device(tmp_path_factory, corpus) -> list[float]:
   return losses(workdir)
 
 
-@pytest.mark.slow  # the next test does the same with a stop in the middle
 def test_two_processes_train_as_one(tmp_path, corpus, one_device):
   finish(*two_processes(tmp_path, corpus, "--config.mesh.fsdp=2"))
   np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
@@ -103,6 +102,7 @@ def test_every_mesh_trains_as_one_device(tmp_path, corpus, one_device, mesh):
   np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_though_one_was_killed_in_a_save(
   tmp_path, corpus, one_device
 ):
