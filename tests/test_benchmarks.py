@@ -1,0 +1,77 @@
+"""What the benchmarks count and draw; their times are nobody's business."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import page, upsample, where_time_goes
+
+
+def test_products_in_loops_are_counted_as_often_as_they_run():
+  def function(x, w):
+    x, _ = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=5)
+    return jax.jit(lambda x: x @ w)(x)
+
+  x, w = jnp.ones((3, 4)), jnp.ones((4, 4))
+  jaxpr = jax.make_jaxpr(function)(x, w).jaxpr
+  assert upsample.product_flops(jaxpr) == 6 * 2 * 3 * 4 * 4
+
+
+def test_tiles_are_visited_once_for_each_offset_in_them():
+  offset_BL = np.array([[0, 0, 0, 1, 1, 17, 3, 3], [0, 1, 2, 2, 2, 2, 2, 2]])
+  order = np.sort(offset_BL.reshape(-1) % 16)
+  for tile in (1, 2, 4, 16):
+    tiles = [set(part) for part in order.reshape(-1, tile)]
+    expected = sum(len(groups) for groups in tiles)
+    assert upsample.visited_tiles(offset_BL, tile) == expected
+
+
+@pytest.mark.parametrize(
+  ("op_name", "part"),
+  [
+    (
+      "jit(f)/transpose(jvp(AUNet))/contract_1/blocks/ffn/dot_general",
+      "stage 1: feed-forward",
+    ),
+    (
+      "jit(f)/jvp(AUNet)/deepest/blocks/attention/BGNRCK,BGNMK->BGNRCM/dot",
+      "deepest: attention kernel",
+    ),
+    (
+      "jit(f)/jvp(AUNet)/expand_2/blocks/attention/dot_general",
+      "stage 2: attention projections, RoPE",
+    ),
+    ("jit(f)/jvp(AUNet)/upsample_1/shard_map/while", "stage 1: upsampling"),
+    ("jit(f)/jvp(AUNet)/dot_general", "head and loss"),
+    ("jit(f)/mul", "optimizer and rest"),
+    ("", "copies and others"),
+  ],
+)
+def test_operations_belong_to_parts_of_the_model(op_name, part):
+  assert where_time_goes.part(op_name) == part
+
+
+def test_operations_of_a_compiled_program_know_where_they_come_from():
+  def function(x):
+    with jax.named_scope("here"):
+      return jnp.tanh(x @ x)
+
+  x = jnp.ones((64, 64))
+  sources = where_time_goes.sources(
+    jax.jit(function).lower(x).compile().as_text()
+  )
+  assert any("here/dot_general" in name for name in sources.values())
+
+
+def test_every_committed_result_has_a_section(tmp_path):
+  paths = sorted(page.RESULTS.glob("*.json*"))
+  assert paths
+  for path in paths:
+    for result in page.read(path):
+      for name, part in result.get("results", {path.stem: result}).items():
+        if "curves" in part:
+          lines = page.numerics_section(part, tmp_path / "curve.svg")
+        else:
+          lines = page.section(part, name)
+        assert lines and all(isinstance(line, str) for line in lines)
