@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from aunet_jax import checkpoint, data, loss, sharding
+from aunet_jax import checkpoint, data, loss, quantize, sharding
 from aunet_jax.aunet import AUNet
 from aunet_jax.config import DataConfig, MeshConfig
 
@@ -102,12 +102,15 @@ def evaluate_workdir(
   batch_size: int = 8,
   text_field: str = "text",
   official_scoring: bool = False,
+  int8: bool = False,
   log: Callable = print,
 ) -> dict:
   """Bits per byte of any text under the model of a workdir.
 
-  Args: official_scoring: leave out the norm before the output layer, as the
-    official code's evaluation does (a defect; see docs/fidelity.md).
+  Args:
+    official_scoring: leave out the norm before the output layer, as the
+      official code's evaluation does (a defect; see docs/fidelity.md).
+    int8: round matrices as generation with int8 does.
   Raises: ValueError, CheckpointError.
   """
   mesh = sharding.make_mesh(MeshConfig())
@@ -117,6 +120,9 @@ def evaluate_workdir(
   model = loaded.model
   if official_scoring:
     model = AUNet(dataclasses.replace(model.config, final_norm=False))
+  params = loaded.params
+  if int8:
+    params = quantize.round_params(params, model.config.upsampling)
   began = time.perf_counter()
   with tempfile.TemporaryDirectory() as cache:
     corpus, _ = data.open_corpora(
@@ -136,7 +142,7 @@ def evaluate_workdir(
     )
     totals = evaluate_batches(
       step,
-      loaded.params,
+      params,
       data.evaluation_batches(corpus, batch_size=batch_size),
       mesh,
     )
@@ -149,6 +155,7 @@ def evaluate_workdir(
       "skipped": corpus.skipped,
       "compressors_bits_per_byte": packed,
       "official_scoring": official_scoring,
+      "int8": int8,
       "step": loaded.step,
       "seconds": time.perf_counter() - began,
     }
@@ -180,6 +187,11 @@ def main(argv: list[str] | None = None) -> int:
     action="store_true",
     help="score as the official evaluation does, without the final norm",
   )
+  parser.add_argument(
+    "--int8",
+    action="store_true",
+    help="with matrices rounded to int8, as generation with --int8",
+  )
   args = parser.parse_args(argv)
   if args.batch_size < 1:
     parser.error(f"--batch_size={args.batch_size} must be positive")
@@ -190,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
       args.batch_size,
       args.text_field,
       args.official_scoring,
+      args.int8,
     )
   except (ValueError, OSError, checkpoint.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)

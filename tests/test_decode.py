@@ -5,6 +5,7 @@ number of stages, upsampling, skip connections, grouped heads, schedules.
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ CONTINUATION = " and the dog, à 7 h.\nЕщё раз".encode()
 make_splitter = functools.cache(Splitter)  # one `step` to compile for
 
 
-def make_model(num_stages, **changes):
+def make_model(num_stages, rules=("word@1", "word@2", "word@4"), **changes):
   """A model whose norms and tables are not at their initial values."""
   stage_changes = {
     key: changes.pop(key) for key in ("skip", "num_kv_heads") if key in changes
@@ -54,7 +55,7 @@ def make_model(num_stages, **changes):
         window=windows[i],
         capacity=64,
         ffn_dim=48,
-        rule=None if i == 0 else f"word@{2 ** (i - 1)}",
+        rule=None if i == 0 else rules[i - 1],
         **stage_changes,
       )
       for i in range(num_stages)
@@ -247,6 +248,35 @@ def test_decoding_equals_the_forward_pass(num_stages, changes, schedule):
     if schedule in ("half", "pack"):
       slots = int(state.calls_P[deepest]) * plan.block
       assert slots <= 1.25 * boundaries
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize(
+  "rules",
+  [
+    ("pretok", "word@2"),
+    (f"tokens@{GOLDEN / 'vocabulary.json'}", "word@2"),
+    pytest.param(("punct", "stride@5"), marks=pytest.mark.slow),
+    pytest.param(("stride@3", "word@1", "word@4"), marks=pytest.mark.slow),
+    pytest.param(("bytes", "punct"), marks=pytest.mark.slow),
+    pytest.param(
+      (f"entropy@{GOLDEN / 'entropy_rise.npz'}", "word@2"),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      (f"entropy@{GOLDEN / 'entropy_threshold.npz'}",), marks=pytest.mark.slow
+    ),
+  ],
+  ids=lambda rules: "-".join(Path(rule).stem for rule in rules),
+)
+def test_every_kind_of_rule_decodes_as_the_forward_pass(rules):
+  config, params = make_model(len(rules) + 1, rules=rules)
+  forced_BT = np.stack(
+    [np.roll(np.frombuffer(CONTINUATION, np.uint8), 5 * b) for b in range(8)]
+  ).astype(np.int32)
+  check(config, params, PROMPTS, forced_BT, "pack")
 
 
 def test_the_level_head_cuts_what_is_written():

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from aunet_jax import checkpoint, evaluate, loss, sharding, state
+from aunet_jax import checkpoint, evaluate, loss, quantize, sharding, state
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import AUNet
 from aunet_jax.splitting import Splitter
@@ -110,6 +110,24 @@ def test_official_scoring_leaves_out_the_final_norm(workdir, texts):
   expected = nats_of_pieces(loaded, TEXTS[0], 128, bare)
   assert result["nats"] == pytest.approx(expected, rel=1e-5)
   assert result["official_scoring"]
+
+
+def test_int8_scores_the_rounded_matrices(workdir, texts):
+  loaded = checkpoint.load(workdir)
+  only = texts.parent / "one"
+  only.mkdir(exist_ok=True)
+  (only / "0.txt").write_bytes(TEXTS[0])
+  exact, rounded = (
+    evaluate.evaluate_workdir(
+      str(workdir), str(only), int8=int8, log=lambda _: 0
+    )
+    for int8 in (False, True)
+  )
+  params = quantize.round_params(loaded.params, "multi_linear")
+  expected = nats_of_pieces(loaded._replace(params=params), TEXTS[0], 128)
+  assert rounded["nats"] == pytest.approx(expected, rel=1e-5)
+  assert rounded["nats"] != exact["nats"]
+  assert (exact["int8"], rounded["int8"]) == (False, True)
 
 
 def test_the_last_line_is_json(workdir, texts, capsys):
