@@ -256,7 +256,7 @@ GOLDEN = Path(__file__).parent / "golden"
 @pytest.mark.parametrize(
   "rules",
   [
-    ("pretok", "word@2"),
+    pytest.param(("pretok", "word@2"), marks=pytest.mark.slow),
     (f"tokens@{GOLDEN / 'vocabulary.json'}", "word@2"),
     pytest.param(("punct", "stride@5"), marks=pytest.mark.slow),
     pytest.param(("stride@3", "word@1", "word@4"), marks=pytest.mark.slow),
