@@ -109,7 +109,7 @@ def designs():
     x_KN, budget_N = isoflop_grid(law, 5, 7, low, high)
     return lambda *rest: isoflop_trial(law, x_KN, budget_N, noise, *rest)
 
-  def named(text, trial, trials, bootstrap=200):
+  def named(text, trial, trials, bootstrap=150):
     return text, (trial, trials, bootstrap)
 
   half, tenth = 5e-3, 1e-3
@@ -127,8 +127,8 @@ def designs():
       named(
         "vpnls, 6 x 9, noise 0.5%", grid(fit.least_squares, 6, 9, half), 100
       ),
-      named("huber, 4 x 7, noise 0.5%", grid(fit.huber, 4, 7, half), 80, 100),
-      named("huber, 6 x 9, noise 0.5%", grid(fit.huber, 6, 9, half), 80, 100),
+      named("huber, 4 x 7, noise 0.5%", grid(fit.huber, 4, 7, half), 40, 60),
+      named("huber, 6 x 9, noise 0.5%", grid(fit.huber, 6, 9, half), 40, 60),
       named(
         "isoflop, symmetric, 1/4 to 4, noise 0.5%",
         valleys(SYMMETRIC, 1 / 4, 4, half),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from aunet_jax import scaling, scaling_run
+from aunet_jax import scaling, scaling_collect, scaling_run
 
 ROOT = Path(__file__).parents[1]
 MODEL = f"{Path(__file__).with_name('tiny.py')}:for_budget"
@@ -249,6 +249,13 @@ def test_the_trainer_fills_a_cell_and_its_reason_is_shown(study, capsys):
   log = (first.workdir / "log.txt").read_bytes()
   assert run(study, "--only=s0") == 0
   assert (first.workdir / "log.txt").read_bytes() == log
+  # What it left is what fits are made from.
+  good, bad = scaling_collect.collect(study).rows
+  assert good["excluded"] is None and good["loss"] == losses(first)[-1][-1]
+  assert good["bytes"] == losses(first)[-1][2]
+  assert good["useful_flops"] < good["padded_flops"]
+  assert None not in (good["packed_data"], good["splitter"], good["fill"])
+  assert bad["excluded"].startswith("failed: ")
 
 
 def test_other_text_than_planned_is_refused(study, trainer, capsys):
