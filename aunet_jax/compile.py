@@ -57,7 +57,7 @@ def flops_per_device(config: Config, mesh) -> dict:
   return {
     "useful": useful * share,
     "padded": counts.train_flops_per_row(model, *where) * share,
-    "repeated_by_remat": counts.remat_flops_per_row(model) * share,
+    "repeated_by_remat": counts.remat_flops_per_row(model, where[1]) * share,
   }
 
 
@@ -365,6 +365,12 @@ def _traffic_lines(sent: dict) -> list[str]:
     for key, expected in sent["expected"].items():
       text = _ratio(sent[key], expected)
       lines.append(f"  {key.replace('_', ' ')}: {text}")
+    # XLA gathers some matrices by summing them with zeros.
+    both = [
+      sum(sums[key] for key in sent["expected"])
+      for sums in (sent, sent["expected"])
+    ]
+    lines.append(f"  both together: {_ratio(*both)}")
   if sent["others"]:
     lines.append("  others, largest first")
   for entry in sent["others"][:8]:
