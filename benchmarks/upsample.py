@@ -149,14 +149,14 @@ def main() -> None:
       elif name != "ragged_dot" and kind == "both":
         row["flops_over_dense"] = (total - forward) / 2
       table[name][kind] = row
-      print(
+      line = (
         f"{name:10} {kind:7} {row['ms']:8.2f} ms, "
         f"{row['ms'] / table['dense'][kind]['ms']:.2f}x dense, "
         f"{row['temporary_mib']:7.0f} MiB"
-        + f", FLOPs {row['flops_over_dense']:.3f}x"
-        * ("flops_over_dense" in row),
-        flush=True,
       )
+      if "flops_over_dense" in row:
+        line += f", FLOPs {row['flops_over_dense']:.3f}x"
+      print(line, flush=True)
   tile = grouped.tile_rows(B * L, NUM_OFFSETS)
   on_tpu = visited_tiles(offset_BL, tile) * tile / (B * L)
   print(f"the TPU's kernel would multiply {on_tpu:.3f}x the rows")
