@@ -50,13 +50,18 @@ def _points(cells, x, y, style, label, unit, **extra) -> Series:
   )
 
 
+def _shown_law(model: dict, *names: str) -> dict:
+  """The first fit that has residuals of its own, or else one without; {}."""
+  entries = [model[name] for name in names if "curve" in model[name]]
+  free = [entry for entry in entries if entry["degrees_of_freedom"] > 0]
+  return next(iter([*free, *entries]), {})
+
+
 def _loss_curve(model: dict) -> dict | None:
   """The law of loss against compute: of a ladder, or through the valleys."""
-  laws = (model["power_law"], model["isoflop"].get("loss_law", {}))
-  for entry in (*laws, model["no_offset"]):
-    if "curve" in entry:
-      return entry["curve"]
-  return None
+  through = model["isoflop"].get("loss_law", {})
+  entry = through if "curve" in through else None
+  return (entry or _shown_law(model, "power_law", "no_offset")).get("curve")
 
 
 def _loss(result: dict) -> Chart:
@@ -101,7 +106,8 @@ def _loss(result: dict) -> Chart:
     "loss",
     f"Loss against {result['units']['compute']}",
     "Filled: the best cell of a budget, mean of its seeds; hollow: every seed. "
-    "Lines: the fitted law, drawn on to three times the largest compute; "
+    "Lines: the fitted law (without an offset where the budgets are too few "
+    "to show one), drawn on to three times the largest compute; "
     "shaded: its 95% interval, cut where it would leave the chart.",
     result["units"]["compute"],
     unit,
@@ -278,26 +284,24 @@ def _residuals(result: dict) -> Chart | None:
   series = []
   for style, (name, model) in enumerate(result["models"].items()):
     compute = {cell["name"]: cell for cell in model["cells"]}
-    for method in ("power_law", "vpnls", "no_offset"):
-      entry = model[method]
-      if "residuals" not in entry:
-        continue
-      cells = [compute[r["cell"]] for r in entry["residuals"]]
-      series.append(
-        Series(
-          name,
-          [cell["compute"] for cell in cells],
-          [100 * r["relative"] for r in entry["residuals"]],
-          style,
-          names=[
-            f"{r['cell']}: {100 * r['relative']:+.2f}%"
-            for r in entry["residuals"]
-          ],
-          links=[anchor(cell["ids"][0]) for cell in cells],
-          size=3.6 if len(cells) < 60 else 2.6,
-        )
+    entry = _shown_law(model, "power_law", "vpnls", "no_offset")
+    if not entry:
+      continue
+    cells = [compute[r["cell"]] for r in entry["residuals"]]
+    series.append(
+      Series(
+        name,
+        [cell["compute"] for cell in cells],
+        [100 * r["relative"] for r in entry["residuals"]],
+        style,
+        names=[
+          f"{r['cell']}: {100 * r['relative']:+.2f}%"
+          for r in entry["residuals"]
+        ],
+        links=[anchor(cell["ids"][0]) for cell in cells],
+        size=3.6 if len(cells) < 60 else 2.6,
       )
-      break
+    )
   if not series:
     return None
   return Chart(
