@@ -50,6 +50,8 @@ FREE_FIELDS = (
   "train.tensorboard",
   "train.grad_accumulation",
   "train.max_nonfinite_steps",
+  "train.max_roll_backs",
+  "train.spike_sigmas",
   "model.unroll_layers",
 )
 FREE_STAGE_FIELDS = ("remat", "attention")
@@ -264,6 +266,17 @@ class Checkpointer:
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
+
+  def newest_before(self, step: int) -> int | None:
+    """The newest checkpoint of an earlier step, once saves have ended."""
+    self.wait()
+    return max((s for s in self._manager.all_steps() if s < step), default=None)
+
+  def drop_after(self, step: int) -> None:
+    """Deletes the checkpoints of later steps, which will be run again."""
+    for newer in self._manager.all_steps():
+      if newer > step:
+        self._manager.delete(newer)
 
   def reached_preemption(self, step: int) -> bool:
     """True on every process once any was told to stop (multi-host only)."""

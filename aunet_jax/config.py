@@ -232,6 +232,8 @@ class TrainConfig:
   eval_every_steps: int = 0  # held-out evaluation; 0 = only at the end
   eval_bytes: int | None = None  # bytes of held-out text; None = all of it
   max_nonfinite_steps: int = 10  # skipped steps in a row before the run stops
+  max_roll_backs: int = 0  # times it goes back to a checkpoint instead
+  spike_sigmas: float = 6.0  # deviations above its mean that log a loss
   sample_prompt: str = ""  # text the final sample continues
   sample_bytes: int = 400  # length of the final sample; 0 = none
   tensorboard: bool = True
@@ -245,8 +247,9 @@ class TrainConfig:
       "max_nonfinite_steps",
     ):
       _check_positive(f"train.{name}", getattr(self, name))
-    for name in ("eval_every_steps", "sample_bytes"):
+    for name in ("eval_every_steps", "sample_bytes", "max_roll_backs"):
       _check_range(f"train.{name}", getattr(self, name), 0)
+    _check_positive("train.spike_sigmas", self.spike_sigmas)
     if self.eval_bytes is not None:
       _check_positive("train.eval_bytes", self.eval_bytes)
     if self.batch_size % self.grad_accumulation:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from aunet_jax.config import Config
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss_curve.png"
+SPIKE_STEPS = 100  # steps a loss is compared with
 
 
 class Log:
@@ -64,6 +66,11 @@ class Log:
           self._board.add_scalar(name, value, row["step"])
       for i, fill in enumerate(row.get("fill", ())):
         self._board.add_scalar(f"fill/stage_{i + 1}", fill, row["step"])
+
+  def rewind(self, step: int) -> None:
+    """Takes back the rows after `step`, which will be run again."""
+    if self._active:
+      drop_rows_after(self._path, step)
 
   def close(self) -> None:
     if self._board is not None:
@@ -144,7 +151,10 @@ class Interval:
   """
 
   def __init__(self, saved: dict | None = None):
-    saved = saved or {}
+    self.restore(saved or {})
+
+  def restore(self, saved: dict) -> None:
+    """Takes the values of an earlier `to_json`."""
     self.bytes_seen = saved.get("bytes_seen", 0)
     self.nats = saved.get("nats", 0.0)
     self.level_nats = saved.get("level_nats", 0.0)
@@ -152,6 +162,7 @@ class Interval:
     self.bytes = saved.get("bytes", 0)
     self.positions = saved.get("positions")
     self.steps = saved.get("steps", 0)
+    self.recent = saved.get("recent", [])  # bits per byte of the last steps
 
   def to_json(self) -> dict:
     return dict(vars(self))
@@ -170,6 +181,30 @@ class Interval:
       self.level_nats += float(metrics["level_nats"])
       self.targets += float(metrics["targets"])
       self.bytes += int(metrics["bytes"])
+
+  def spike(self, step: int, metrics: dict, sigmas: float) -> dict | None:
+    """A row about this step if its loss stands out from those before it.
+
+    Out means more than `sigmas` standard deviations above the mean, both of
+    the SPIKE_STEPS steps before; the first ones of a run are only looked at.
+    """
+    if not math.isfinite(metrics["nats"]) or not metrics["bytes"]:
+      return None
+    bits = loss.bits_per_byte(float(metrics["nats"]), int(metrics["bytes"]))
+    before = self.recent
+    self.recent = [*before, bits][-SPIKE_STEPS:]
+    if len(before) < SPIKE_STEPS:
+      return None
+    mean, deviation = statistics.fmean(before), statistics.pstdev(before)
+    if bits <= mean + sigmas * deviation:
+      return None
+    return {
+      "step": step,
+      "spike_bits_per_byte": bits,
+      "usual_bits_per_byte": mean,
+      "usual_deviation": deviation,
+      "spike_grad_norm": float(metrics["grad_norm"]),
+    }
 
   def row(self, config: Config, step: int, metrics: dict) -> dict:
     """The logged numbers that depend on nothing but data and seed."""

@@ -33,6 +33,7 @@ from aunet_jax import config as config_lib
 from aunet_jax.aunet import AUNet
 from aunet_jax.config import Config, ModelConfig
 from aunet_jax.generator import Generator
+from aunet_jax.profiling import Recorder, parse_steps
 from aunet_jax.sampling import Sampling
 from aunet_jax.startup import (
   EXIT_FAILED,
@@ -224,6 +225,14 @@ class TrainingError(RuntimeError):
   """The run cannot go on; the message says at which step and why."""
 
 
+class NotFiniteError(TrainingError):
+  """Too many steps in a row were skipped, from step `first` on."""
+
+  def __init__(self, first: int, message: str):
+    super().__init__(message)
+    self.first = first
+
+
 def evaluate_heldout(setup: Setup, eval_step: Callable, params) -> dict | None:
   """Corpus totals of the held-out text, or None where there is none."""
   if setup.heldout is None:
@@ -238,9 +247,43 @@ def evaluate_heldout(setup: Setup, eval_step: Callable, params) -> dict | None:
   return evaluate.evaluate_batches(eval_step, params, batches, setup.mesh)
 
 
-def run(setup: Setup) -> str | None:
+def roll_back(setup: Setup, error: NotFiniteError, step: int) -> TrainState:
+  """The newest state saved before the loss stopped being finite.
+
+  The data go on from where they are, so that the run does not meet what broke
+  it again: the rows since that checkpoint are given up, and it is said.
+
+  Args: step: the last one that ran.
+  Raises: NotFiniteError where there is no such checkpoint.
+  """
+  target = setup.saver.newest_before(error.first)
+  if target is None or checkpoint.is_converted(setup.workdir, target):
+    raise error
+  setup.saver.drop_after(target)
+  abstract = jax.eval_shape(lambda s: s, setup.train_state)
+  train_state, saved = setup.saver.restore(target, abstract, setup.shardings)
+  setup.interval.restore(saved["interval"])
+  setup.log.rewind(target)
+  given_up = step - target
+  setup.log.say(
+    f"step {step}: not finite since step {error.first}; back to "
+    f"checkpoint {target}, past the data of {given_up} steps"
+  )
+  # Of the first step to come: a resume from `target` comes here by itself.
+  setup.log.row(
+    {
+      "step": target + 1,
+      "rolled_back_from": step,
+      "rows_given_up": given_up * setup.config.train.batch_size,
+    }
+  )
+  return train_state
+
+
+def run(setup: Setup, profile: tuple[int, int] | None = None) -> str | None:
   """Trains to the last step, or until a signal.
 
+  Args: profile: first and last step to record into WORKDIR/profile.
   Returns: the name of the signal that stopped it, or None at the end.
   Raises: TrainingError, CheckpointError.
   """
@@ -270,30 +313,42 @@ def run(setup: Setup) -> str | None:
     interval.add(host_metrics)
     timed["bytes"] += int(host_metrics["bytes"])
     timed["steps"] += 1
-    if host_metrics["nonfinite_in_row"] >= config.train.max_nonfinite_steps:
-      raise TrainingError(
-        f"loss or gradient was not finite in the last "
-        f"{host_metrics['nonfinite_in_row']} steps, up to step {step}; those "
-        f"steps changed nothing. Lower optimizer.learning_rate="
-        f"{config.optimizer.learning_rate:g} or look at the data; the newest "
-        f"checkpoint is {setup.saver.latest_step()}."
+    spike = interval.spike(step, host_metrics, config.train.spike_sigmas)
+    if spike is not None:
+      log.say(
+        f"step {step}: {spike['spike_bits_per_byte']:.3f} bits/byte, usual is "
+        f"{spike['usual_bits_per_byte']:.3f}"
+      )
+      log.row(spike)
+    in_row = int(host_metrics["nonfinite_in_row"])
+    if in_row >= config.train.max_nonfinite_steps:
+      raise NotFiniteError(
+        step - in_row + 1,
+        f"loss or gradient was not finite in the last {in_row} steps, up to "
+        f"step {step}; those steps changed nothing. Lower "
+        f"optimizer.learning_rate={config.optimizer.learning_rate:g}, look "
+        f"at the data, or let the run go back with train.max_roll_backs; the "
+        f"newest checkpoint is {setup.saver.latest_step()}.",
       )
     return host_metrics
 
   # ----- steps
   pending = None  # metrics of the step before: read while this one runs
   since, fetching = time.perf_counter(), 0.0
-  with Stop() as stop:
-    for step in range(first, last + 1):
+  step, roll_backs = first - 1, 0
+  recorder = Recorder(profile, setup.workdir)
+  with Stop() as stop, contextlib.closing(recorder):
+    while step < last:
+      step += 1
+      recorder.before(step)
       train_state, device_metrics = step_fn(train_state, batch)
       loader_state = setup.loader.get_state()  # before the batch after this
       if step < last:
         fetch = time.perf_counter()
         batch = evaluate.to_device(next(setup.loader), setup.mesh)
         fetching += time.perf_counter() - fetch
-      if pending is not None:
-        absorb(*pending)
-      pending = (step, device_metrics)
+      recorder.after(step, device_metrics, log.say)
+      previous, pending = pending, (step, device_metrics)
 
       stopping = setup.saver.reached_preemption(step) or stop.requested
       ends = step == last or stopping
@@ -301,10 +356,24 @@ def run(setup: Setup) -> str | None:
       saves = ends or step % config.checkpoint.every_steps == 0
       every = config.train.eval_every_steps
       evaluates = step == last or (every > 0 and step % every == 0)
-      if not (logs or saves or evaluates):
+      try:
+        if previous is not None:
+          absorb(*previous)
+        if not (logs or saves or evaluates):
+          continue
+        pending = None
+        host_metrics = absorb(step, device_metrics)
+      except NotFiniteError as error:
+        if roll_backs == config.train.max_roll_backs:
+          raise
+        roll_backs += 1
+        train_state = roll_back(setup, error, step)
+        if step == last:  # its successor's batch was not made yet
+          batch = evaluate.to_device(next(setup.loader), setup.mesh)
+        step, pending = int(train_state.step), None
+        since, fetching = time.perf_counter(), 0.0
+        timed.update(bytes=0, steps=0)
         continue
-      host_metrics = absorb(*pending)
-      pending = None
 
       if logs:
         seconds = time.perf_counter() - since
@@ -431,6 +500,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--config", required=True, metavar="FILE", help="a file of configs/"
   )
+  parser.add_argument(
+    "--profile",
+    metavar="FIRST:LAST",
+    help="record these steps into WORKDIR/profile, for TensorBoard and xprof",
+  )
   hosts = parser.add_argument_group("several hosts or processes")
   hosts.add_argument(
     "--multihost",
@@ -462,6 +536,7 @@ def main(argv: list[str] | None = None) -> int:
   workdir = Path(args.workdir)
   with contextlib.ExitStack() as open_things:
     try:
+      profile = parse_steps(args.profile)
       join_cluster(
         args.multihost,
         args.coordinator,
@@ -481,13 +556,13 @@ def main(argv: list[str] | None = None) -> int:
       return EXIT_FAILED
     open_things.callback(setup.log.close)
     open_things.callback(setup.loader.close)
-    return train(setup)
+    return train(setup, profile)
 
 
-def train(setup: Setup) -> int:
+def train(setup: Setup, profile: tuple[int, int] | None = None) -> int:
   """Runs, and says how it ended; returns the exit status."""
   try:
-    stopped_by = run(setup)
+    stopped_by = run(setup, profile)
   except (TrainingError, OSError, checkpoint.CheckpointError) as error:
     print(f"\nerror: {error}", file=sys.stderr)
     with contextlib.suppress(checkpoint.CheckpointError):

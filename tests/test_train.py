@@ -258,6 +258,96 @@ def test_a_run_that_stays_nonfinite_stops_and_says_where(
   assert "learning_rate=1e+30" in error
 
 
+@pytest.fixture
+def broken_at_5(monkeypatch) -> list[int]:
+  """Parameters that turn to NaN before the fifth call of the step.
+
+  Yields: a hash of the batch of every call.
+  """
+  real, batches = train.compile_step, []
+
+  def compile_step(*arguments):
+    step_fn = real(*arguments)
+
+    def broken(train_state, batch):
+      batches.append(hash(np.asarray(batch["bytes"]).tobytes()))
+      if len(batches) == 5:
+        nan = jax.tree.map(lambda x: x * jnp.nan, train_state.params)
+        train_state = train_state.replace(params=nan)
+      return step_fn(train_state, batch)
+
+    return broken
+
+  monkeypatch.setattr(train, "compile_step", compile_step)
+  return batches
+
+
+def test_a_run_goes_back_and_past_the_data_that_broke_it(
+  corpus, tmp_path, capsys, broken_at_5
+):
+  flags = (
+    "--config.train.max_nonfinite_steps=3", "--config.train.max_roll_backs=1"
+  )  # fmt: skip
+  assert run(corpus, tmp_path / "run", *flags) == 0
+  # Steps 5 to 7 were skipped, and read when step 8 ran or 7 was logged.
+  assert "back to checkpoint 3" in capsys.readouterr().out
+  logged = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+  (back,) = [row for row in logged if "rolled_back_from" in row]
+  given_up = back["rolled_back_from"] - 3
+  assert back["rows_given_up"] == 8 * given_up
+  assert len(broken_at_5) == 12 + given_up
+  assert len(set(broken_at_5)) == len(broken_at_5)  # no batch comes again
+  losses = [row for row in logged if "loss_nats" in row]
+  assert [row["step"] for row in losses] == [2, 4, 6, 8, 10, 12]
+  assert all(row["loss_nats"] is not None for row in losses)
+  assert checkpoint.steps(tmp_path / "run")[-1] == 12
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_stops(
+  corpus, tmp_path, capsys, broken_at_5
+):
+  flags = (
+    "--config.train.max_nonfinite_steps=3", "--config.train.max_roll_backs=1",
+    "--config.checkpoint.every_steps=100",
+  )  # fmt: skip
+  assert run(corpus, tmp_path / "run", *flags) == 1
+  assert "not finite in the last 3 steps" in capsys.readouterr().err
+
+
+def test_a_loss_that_stands_out_is_logged_once_and_after_a_resume_too():
+  rng = np.random.default_rng(0)
+
+  def step_metrics(bits):
+    return {
+      "nats": np.float32(bits * np.log(2) * 1000),
+      "bytes": np.int32(1000),
+      "grad_norm": np.float32(1),
+    }
+
+  interval = metrics.Interval()
+  assert interval.spike(1, step_metrics(50.0), 6) is None  # nothing to compare
+  for step in range(2, 302):
+    usual = step_metrics(2 + 0.05 * rng.standard_normal())
+    assert interval.spike(step, usual, 6) is None
+  assert interval.spike(302, step_metrics(np.nan), 6) is None
+  resumed = metrics.Interval(json.loads(json.dumps(interval.to_json())))
+  row = interval.spike(303, step_metrics(3.5), 6)
+  assert row == resumed.spike(303, step_metrics(3.5), 6)
+  assert row["step"] == 303 and row["spike_bits_per_byte"] > 3.4
+  assert row["usual_bits_per_byte"] < 3
+  assert interval.spike(304, step_metrics(2.0), 6) is None
+
+
+def test_a_profile_of_the_steps_asked_for(corpus, tmp_path, capsys):
+  flags = ("--profile=2:3", "--config.train.num_steps=4")
+  assert run(corpus, tmp_path / "run", *flags) == 0
+  assert "profile of steps up to 3" in capsys.readouterr().out
+  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+  for wrong in ("5", "3:2", "0:1", "a:b"):
+    assert run(corpus, tmp_path / "run", f"--profile={wrong}") == 2
+    assert f"--profile={wrong} must be" in capsys.readouterr().err
+
+
 def test_level_targets_are_the_levels_of_the_next_bytes():
   levels_BL = jnp.array([[2, 0, 1, 2, 0, 0]])
   documents_BL = jnp.array([[1, 1, 1, 2, 2, 0]])
