@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -299,3 +302,27 @@ def test_what_no_chip_can_hold_is_refused():
   assert status == 1
   memory = result["programs"]["train"]["memory"]
   assert memory["needed"] is None or memory["needed"] > memory["available"]
+
+
+# ----- what is shipped ------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+REPORTS = sorted((ROOT / "benchmarks/results/aot").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+def test_a_committed_report_is_of_its_job_which_fits(path):
+  job = ROOT / "launch/jobs" / f"{path.stem.replace('-', '_')}.env"
+  text = job.read_text()
+  flags = re.findall(r"--config\.(?:mesh|model|train)\.\S+", text)
+  config = re.search(r"^CONFIG=(\S+)$", text, re.M)[1]
+  report = json.loads(path.read_text())
+  words = shlex.split(report["command"])
+  given = [word for word in words if word.startswith("--config")]
+  assert sorted(given) == sorted([f"--config={config}", *flags])
+  train = report["programs"]["train"]
+  assert report["fits"] and train["memory"]["margin"] > 0.03
+  sent = train["collectives"]
+  both = sum(sent[key] for key in sent["expected"])
+  expected = sum(sent["expected"].values())
+  assert both == pytest.approx(expected, rel=0.15)

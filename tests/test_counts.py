@@ -245,3 +245,31 @@ def test_mistakes_are_one_line_and_exit_2(arguments, capsys, monkeypatch):
   assert captured.out == ""
   assert captured.err.startswith("error: ")
   assert captured.err.count("\n") == 1
+
+
+def test_a_mesh_sends_what_it_splits_or_copies():
+  model = make_model(3)
+  size = 2 if model.dtype == "bfloat16" else 4
+  total = counts.num_parameters(model)
+  copied = counts.collective_bytes(model, data=8)
+  assert copied == {
+    "parameter_gathers": 0,
+    "gradient_reductions": total * size,
+  }
+  alone = counts.collective_bytes(model)
+  assert set(alone.values()) == {0}
+  split = counts.collective_bytes(model, fsdp=8)
+  assert split["gradient_reductions"] == total * size
+  # Every matrix but those of upsampling is gathered a second time.
+  kept = sum(kinds.get("upsample", 0) for kinds in counts.parameters(model))
+  whole = sum(
+    kinds.get(kind, 0)
+    for kinds in counts.parameters(model)
+    for kind in ("norms", "embedding", "head")
+  )
+  gathers = split["parameter_gathers"]
+  assert gathers == (2 * (total - whole) - kept) * size
+  parts = counts.collective_bytes(model, fsdp=8, grad_accumulation=3)
+  assert parts["parameter_gathers"] == 3 * gathers
+  both = counts.collective_bytes(model, data=2, fsdp=4, tensor=2)
+  assert both["parameter_gathers"] == gathers / 2
