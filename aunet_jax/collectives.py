@@ -129,7 +129,8 @@ def _collective(comp_name, comp, name, times, num_devices):
   if kind not in KINDS:
     return None
   shapes = _shapes(comp.kind_of[name])
-  if opcode == "all-gather-start":  # (operands, results)
+  # (operands, results)
+  if opcode in ("all-gather-start", "reduce-scatter-start", "all-to-all-start"):
     shapes = shapes[len(shapes) // 2 :]
   elif opcode == "collective-permute-start":  # (operand, result, contexts)
     shapes = shapes[1:2]

@@ -211,6 +211,8 @@ ENTRY %main (x: f32[8,4], y: f32[2,4]) -> f32[64,4] {
   %c = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=2, source_target_pairs={{0,1},{1,0}}
   %e = f32[8,4]{1,0} collective-permute-done(%c)
   %r = f32[1,4]{1,0} reduce-scatter(%x), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}
+  %p = (f32[8,4]{1,0}, f32[1,4]{1,0}) reduce-scatter-start(%x), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}
+  %q = f32[1,4]{1,0} reduce-scatter-done(%p)
   %alone = f32[8,4]{1,0} all-reduce(%x), channel_id=4, replica_groups=[8,1]<=[8]
   ROOT %o = f32[64,4]{1,0} get-tuple-element(%d), index=0
 }
@@ -229,7 +231,7 @@ def test_started_collectives_count_their_results_and_groups_of_one_nothing():
   assert kinds_of(GPU) == {
     "all-gather": (1, 64 * 4 * 4 + 16 * 4 * 4),
     "collective-permute": (1, 8 * 4 * 4),
-    "reduce-scatter": (1, 8 * 4 * 4),
+    "reduce-scatter": (2, 2 * 8 * 4 * 4),
   }
 
 
