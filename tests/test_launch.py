@@ -637,7 +637,9 @@ def test_tpu_half_of_the_workers_unreachable(world):
   world.write("unreachable", "1\n2\n")
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 0, errors
-  assert errors.count("2 did not answer") == 5  # MAX_UNREACHABLE
+  # MAX_UNREACHABLE looks; the first may have come while the second worker fell
+  # silent.
+  assert len(re.findall("[12] did not answer", errors)) == 5
   assert world.slice_calls() == ["create", "delete", "create", "delete"]
 
 
