@@ -20,6 +20,7 @@ KINDS = (
   "all-reduce",
   "collective-permute",
   "all-to-all",
+  "send",  # what TPU slices send each other
 )
 _BITS = {"pred": 8, "bf16": 16}  # others carry their width: f32, s8, f8e4m3fn
 
@@ -134,6 +135,8 @@ def _collective(comp_name, comp, name, times, num_devices):
     shapes = shapes[len(shapes) // 2 :]
   elif opcode == "collective-permute-start":  # (operand, result, contexts)
     shapes = shapes[1:2]
+  elif opcode == "send":  # (array, context, token)
+    shapes = shapes[:1]
   group_size = _group_size(line, num_devices)
   if group_size == 1:  # nothing is sent
     return None

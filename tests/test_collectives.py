@@ -213,6 +213,9 @@ ENTRY %main (x: f32[8,4], y: f32[2,4]) -> f32[64,4] {
   %r = f32[1,4]{1,0} reduce-scatter(%x), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}
   %p = (f32[8,4]{1,0}, f32[1,4]{1,0}) reduce-scatter-start(%x), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}
   %q = f32[1,4]{1,0} reduce-scatter-done(%p)
+  %a = token[] after-all()
+  %m = (f32[8,4]{1,0}, u32[], token[]) send(%x, %a), channel_id=6, is_host_transfer=true
+  %n = token[] send-done(%m), channel_id=6, is_host_transfer=true
   %alone = f32[8,4]{1,0} all-reduce(%x), channel_id=4, replica_groups=[8,1]<=[8]
   ROOT %o = f32[64,4]{1,0} get-tuple-element(%d), index=0
 }
@@ -232,6 +235,7 @@ def test_started_collectives_count_their_results_and_groups_of_one_nothing():
     "all-gather": (1, 64 * 4 * 4 + 16 * 4 * 4),
     "collective-permute": (1, 8 * 4 * 4),
     "reduce-scatter": (2, 2 * 8 * 4 * 4),
+    "send": (1, 8 * 4 * 4),
   }
 
 
