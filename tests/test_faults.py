@@ -3,6 +3,7 @@
 `benchmarks/faults.py` injects more of the latter, for longer.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from aunet_jax import checkpoint, manifest, train
+from benchmarks import faults
 
 ROOT = Path(__file__).parents[1]
 
@@ -274,3 +276,20 @@ def test_kill_9_leaves_no_data_workers(finished, tmp_path):
   while any(Path(f"/proc/{pid}").exists() for pid in workers):
     assert time.monotonic() < end, f"still alive: {workers}"
     time.sleep(0.05)
+
+
+@pytest.mark.slow  # many starts of whole runs
+def test_a_run_outlives_a_fault_of_each_kind():
+  """Runs are killed, stopped, cut off while saving; files hurt, disks full."""
+  result = subprocess.run(
+    [
+      sys.executable, "-m", "benchmarks.faults", "--steps=96",
+      f"--faults={len(faults.KINDS)}",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert result.returncode == 0, result.stdout + result.stderr
+  report = json.loads(result.stdout.splitlines()[-1])
+  assert report["faults"] == len(faults.KINDS)
