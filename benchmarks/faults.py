@@ -401,8 +401,6 @@ def inject(folder: Path, num_faults: int, num_steps: int, seed: int, kinds):
     "runs": lives,
     "starts": starts,
     "steps_of_a_run": num_steps,
-    "bytes_lost_or_repeated": 0,  # else it had raised
-    "wrong_checkpoints": 0,
     "steps_computed_twice": repeated,
     "log": done,
   }
