@@ -266,6 +266,7 @@ def test_scripts_parse_and_pass_shellcheck(path):
     ("aunet2_1b_v5e_64.env", "tpu_vm.sh run"),
     ("aunet2_1b_v6e_32.env", "gke.sh create"),
     ("aunet2_1b_v6e_32.env", "gke.sh xpk"),
+    ("aunet2_8b_v5p_64.env", "tpu_vm.sh run"),
   ],
 )
 def test_shipped_jobs_are_whole(job, script):
