@@ -187,7 +187,7 @@ def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
   boxed = jax.eval_shape(lambda: state.init_params(model, key))
   params = _placed(sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh))
   rows = prefill.make_rows([b""] * num_rows, splitter, model.num_stages)
-  rings = prefill.ring_sizes(model, num_bytes)
+  rings = prefill.ring_sizes(model, (0,) * model.num_stages, num_bytes)
   choice = sampling.make_choice(
     sampling.Sampling(), [b""] * num_rows, [0] * num_rows, range(num_rows)
   )
@@ -208,7 +208,7 @@ def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
     )
 
   schedule = decode.make_schedule(
-    generator.default_schedule(num_rows, model.num_stages), num_rows, model
+    generator.default_schedule(num_rows, mesh), num_rows, model
   )
   decode_state = jax.eval_shape(start, params)
   decode_state = _placed(

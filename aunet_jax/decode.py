@@ -78,8 +78,13 @@ class Output(NamedTuple):
 class Schedule:
   """How rows of a batch share calls of the network."""
 
-  block: int  # rows a call computes
+  byte_block: int  # rows a call of phase 0 computes
+  block: int  # rows a call of a deeper phase computes
   wait: int  # rows that make a deeper phase run before more bytes are chosen
+
+  def blocks(self, num_phases: int) -> tuple[int, ...]:
+    """Rows a call computes, by phase."""
+    return (self.byte_block, *[self.block] * (num_phases - 1))
 
 
 def num_phases(config: ModelConfig) -> int:
@@ -92,20 +97,24 @@ def make_schedule(name: str, batch: int, config: ModelConfig) -> Schedule:
   any: a deeper phase runs for the whole batch as soon as one row needs it.
   sync: rows choose bytes until all of them stand at a boundary, then the
     deeper phase runs once for all.
-  half: blocks of half the batch, as soon as that many rows wait; where no
-    phase has as many, bytes are chosen first.
-  pack: blocks of batch / phases rows. At least one phase always has that many
-    rows waiting, so no call computes a row that does not need it.
+  half: a deeper phase runs for up to half the batch, as soon as a phase's
+    share of the rows wait.
+  pack: a deeper phase runs for a quarter of the batch (less, from four stages
+    on), as soon as that many rows wait. Where no row can choose a byte, some
+    phase has that many, so no deeper call computes a row that does not need it.
+
+  In all of them every row that can chooses a byte when phase 0 runs.
   """
+  P = num_phases(config)
+  half, part = -(-batch // 2), -(-batch // max(4, P - 1))
   if name == "any":
-    return Schedule(batch, 1)
+    return Schedule(batch, batch, 1)
   if name == "sync":
-    return Schedule(batch, batch)
+    return Schedule(batch, batch, batch)
   if name == "half":
-    return Schedule(-(-batch // 2), -(-batch // 2))
+    return Schedule(batch, half, -(-batch // P))
   if name == "pack":
-    block = -(-batch // num_phases(config))
-    return Schedule(block, block)
+    return Schedule(batch, part, part)
   raise ValueError(f"schedule={name!r} must be one of any, sync, half, pack.")
 
 
@@ -142,12 +151,13 @@ class Turn:
     )
     return x_CD
 
-  def all_writes(self, batch):
+  def all_writes(self, batch, schedule):
     """Writes for every stack, so that all phases return the same arrays."""
-    C = self.rows_C.shape[0]
     writes = {}
     for name, rings in self.keys.items():
       _, G, _, K = rings[0].shape
+      of_bytes = step.stack_names(self.config)[name] == 0
+      C = schedule.byte_block if of_bytes else schedule.block
       nothing = [jnp.zeros((C, G, K), rings[0].dtype)] * len(rings)
       nowhere_C = jnp.full((C,), batch, jnp.int32)
       writes[name] = self.writes.get(
@@ -264,16 +274,21 @@ def _expand_phase(turn: Turn, i, state, output):
   return turn.leave(state, i, turn.expand(state, i)), output
 
 
-def _phases(weights, config, splitter_step, choose, levels) -> list[Callable]:
-  """By number; (state, output, rows_C, keys, values) to the first two and
+def _phases(
+  weights, config, splitter_step, choose, levels, schedule
+) -> list[Callable]:
+  """By number; (state, output, waits_B, keys, values) to the first two and
   the writes of every stack."""
   N = config.num_stages
 
   def phase(work, *arguments):
-    def run_phase(state, output, rows_C, keys, values):
+    def run_phase(state, output, waits_B, keys, values):
+      of_bytes = work is _byte_phase
+      block = schedule.byte_block if of_bytes else schedule.block
+      rows_C = _block_rows(state, waits_B, block)
       turn = Turn(weights, config, keys, values, rows_C)
       state, output = work(turn, *arguments, state, output)
-      return state, output, turn.all_writes(state.done_B.shape[0])
+      return state, output, turn.all_writes(waits_B.shape[0], schedule)
 
     return run_phase
 
@@ -343,9 +358,10 @@ def run(
     what gives a chosen byte its level: the splitting "rule" or the model's
     level "head".
   """
-  phases = _phases(weights, config, splitter_step, choose, levels)
+  phases = _phases(weights, config, splitter_step, choose, levels, schedule)
   P = len(phases)
   B = state.done_B.shape[0]
+  block_P = jnp.array(schedule.blocks(P), jnp.int32)
   output = Output(
     jnp.zeros((B,), jnp.int32),
     jnp.zeros((B, max_turns), jnp.int16),
@@ -360,18 +376,18 @@ def run(
   def turn(carry):
     turn, state, output = carry
     phase, waits_B = _next_phase(state, schedule, P)
-    rows_C = _block_rows(state, waits_B, schedule.block)
+    num_rows = jnp.minimum(waits_B.sum(dtype=jnp.int32), block_P[phase])
     state = state._replace(
       calls_P=state.calls_P.at[phase].add(1),
-      rows_P=state.rows_P.at[phase].add((rows_C < B).sum(dtype=jnp.int32)),
+      rows_P=state.rows_P.at[phase].add(num_rows),
     )
     keys, values = state.keys, state.values
     small = state._replace(keys={}, values={})
     if P == 1:
-      small, output, writes = phases[0](small, output, rows_C, keys, values)
+      small, output, writes = phases[0](small, output, waits_B, keys, values)
     else:
       small, output, writes = jax.lax.switch(
-        phase, phases, small, output, rows_C, keys, values
+        phase, phases, small, output, waits_B, keys, values
       )
     state = small._replace(
       keys={

@@ -80,13 +80,13 @@ def position_limit(config: ModelConfig) -> int | None:
   return None
 
 
-def default_schedule(batch: int, num_stages: int) -> str:
+def default_schedule(batch: int, mesh: Mesh | None) -> str:
   """The fastest schedule where docs/generation.md has measured it."""
   if batch == 1:
     return "any"
-  if num_stages <= 2:
-    return "half"
-  return "pack" if batch >= 32 else "sync"  # blocks of few rows are slow
+  if mesh is not None and mesh.shape["data"] > 1:
+    return "sync"  # the others move rows from device to device
+  return "pack" if batch >= 32 else "half"  # blocks of few rows are slow
 
 
 _prefill = jax.jit(prefill.prefill, static_argnames=("config", "rings"))
@@ -234,7 +234,7 @@ class Generator:
     """Prefills and gives (State, Rows, prompt logprobs), one row a sample."""
     config = self.config
     rows = prefill.make_rows(prompts, self.splitter, config.num_stages)
-    rings = prefill.ring_sizes(config, rows.bytes_BL.shape[1] + max_bytes)
+    rings = prefill.ring_sizes(config, rows.capacities, max_bytes)
     prefilled, logits_BLV = _prefill(
       self.params,
       self.weights,
@@ -313,7 +313,7 @@ class Generator:
       )
     batch = len(prompts) * num_samples
     plan = decode.make_schedule(
-      schedule or default_schedule(batch, self.config.num_stages),
+      schedule or default_schedule(batch, self.mesh),
       batch,
       self.config,
     )
@@ -401,6 +401,6 @@ def make_stats(
 
   return Stats(
     num_bytes=int(work.count_B.sum()),
-    slots=per_stage(work.calls_P * schedule.block),
+    slots=per_stage(work.calls_P * schedule.blocks(len(work.calls_P))),
     needed=per_stage(work.rows_P),
   )

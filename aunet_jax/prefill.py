@@ -18,10 +18,14 @@ from aunet_jax.config import BOS, ModelConfig
 from aunet_jax.layers import DECODE_CACHE
 
 
-def bucket(size: int) -> int:
-  """`size` rounded up to 16, 24, 32, 48, 64, …: few shapes, few compiles."""
-  power = 1 << max(4, (size - 1).bit_length())
-  return power * 3 // 4 if size <= power * 3 // 4 and power > 16 else power
+def bucket(size: int, parts: int = 8) -> int:
+  """`size` rounded up to 16, 20, 24, 28, 32, 40, …: few shapes, few compiles.
+
+  Args: parts: sizes from one power of two to the next.
+  """
+  power = 1 << max(4, (size - 1).bit_length() - 1)
+  step = power // parts
+  return max(16, -(-size // step) * step)
 
 
 def with_capacities(
@@ -93,12 +97,18 @@ def _ring(history_BSGK, counts_B, ring_size):
   return ring_BWGK.transpose(0, 2, 1, 3)
 
 
-def ring_sizes(config: ModelConfig, num_positions: int) -> tuple[int, ...]:
-  """Slots of each stage's ring: its window, or all positions if fewer."""
-  most = bucket(num_positions)
+def ring_sizes(
+  config: ModelConfig, capacities: tuple[int, ...], max_bytes: int
+) -> tuple[int, ...]:
+  """Slots of each stage's ring: its window, or all positions if fewer.
+
+  Every new byte may end a segment, so any stage may get `max_bytes` more. Few
+  sizes, since the loop takes longer to compile than a prompt's pass.
+  """
+  sizes = [bucket(capacity + max_bytes, parts=2) for capacity in capacities]
   return tuple(
-    most if stage.window is None else min(stage.window, most)
-    for stage in config.stages
+    size if stage.window is None else min(stage.window, size)
+    for stage, size in zip(config.stages, sizes, strict=True)
   )
 
 

@@ -51,16 +51,23 @@ def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
   def layer(blocks, number):
     blocks = jax.tree.map(lambda x: x[number], blocks)
     attention, ffn = blocks["attention"], blocks["ffn"]
-    D = ffn["gate"].shape[0]
+    D, H, K = attention["query"].shape
+    G = attention["key"].shape[1]
+    qkv_DGMK = jnp.concatenate(
+      [
+        attention["query"].reshape(D, G, H // G, K),
+        attention["key"][:, :, None],
+        attention["value"][:, :, None],
+      ],
+      axis=2,
+    )
+    gate_up_DF2 = jnp.stack([ffn["gate"], ffn["up"]], axis=-1)
     return {
       "attention_norm": blocks["attention_norm"]["scale"],
-      "query": matrix(attention["query"].reshape(D, -1)),
-      "key": matrix(attention["key"].reshape(D, -1)),
-      "value": matrix(attention["value"].reshape(D, -1)),
+      "qkv": matrix(qkv_DGMK.reshape(D, -1)),
       "out": matrix(attention["out"].reshape(-1, D)),
       "ffn_norm": blocks["ffn_norm"]["scale"],
-      "gate": matrix(ffn["gate"]),
-      "up": matrix(ffn["up"]),
+      "gate_up": matrix(gate_up_DF2.reshape(D, -1)),
       "down": matrix(ffn["down"]),
     }
 
@@ -178,6 +185,24 @@ def _attend(q_CHK, k_CGK, v_CGK, keys_CGWK, values_CGWK, position_C):
   return y_CGRK.reshape(C, H * K)
 
 
+def _attend_block(queries, keys_BGWK, values_BGWK, rows_C):
+  """`_attend` for a block of the batch's rows: (C, D).
+
+  Taking a block's rings copies them. Where the block is half the batch or
+  more, reading all rings once is less work.
+  """
+  B, C = keys_BGWK.shape[0], rows_C.shape[0]
+  if 2 * C < B:
+    keys_CGWK, values_CGWK = take(keys_BGWK, rows_C), take(values_BGWK, rows_C)
+    *qkv, position_C = queries
+    return _attend(*qkv, keys_CGWK, values_CGWK, position_C)
+  queries = [
+    put(jnp.zeros((B, *x.shape[1:]), x.dtype), rows_C, x) for x in queries
+  ]
+  *qkv, position_B = queries
+  return take(_attend(*qkv, keys_BGWK, values_BGWK, position_B), rows_C)
+
+
 class Write(NamedTuple):
   """What one position adds to the rings of a stack."""
 
@@ -202,25 +227,21 @@ def stack_step(layers, stage, config, keys, values, x_CD, position_C, rows_C):
   write = Write(rows_C, slot_C, [], [])
   for layer, keys_BGWK, values_BGWK in zip(layers, keys, values, strict=True):
     h_CD = _rms_norm(x_CD, layer["attention_norm"], config.norm_eps)
-    q_CHK = matmul(h_CD, layer["query"]).reshape(C, H, K)
-    k_CGK = matmul(h_CD, layer["key"]).reshape(C, G, K)
-    v_CGK = matmul(h_CD, layer["value"]).reshape(C, G, K)
+    qkv_CGMK = matmul(h_CD, layer["qkv"]).reshape(C, G, -1, K)
+    q_CHK, k_CGK = qkv_CGMK[:, :, :-2].reshape(C, H, K), qkv_CGMK[:, :, -2]
+    v_CGK = qkv_CGMK[:, :, -1]
     q_CHK = apply_rope(q_CHK[:, None], cos, sin)[:, 0]
     k_CGK = apply_rope(k_CGK[:, None], cos, sin)[:, 0]
     write.keys.append(k_CGK)
     write.values.append(v_CGK)
-    y_CD = _attend(
-      q_CHK,
-      k_CGK,
-      v_CGK,
-      take(keys_BGWK, rows_C),
-      take(values_BGWK, rows_C),
-      position_C,
+    y_CD = _attend_block(
+      (q_CHK, k_CGK, v_CGK, position_C), keys_BGWK, values_BGWK, rows_C
     )
     x_CD += matmul(y_CD, layer["out"])
     h_CD = _rms_norm(x_CD, layer["ffn_norm"], config.norm_eps)
-    gate_CF, up_CF = matmul(h_CD, layer["gate"]), matmul(h_CD, layer["up"])
-    x_CD += matmul(nn.silu(gate_CF) * up_CF, layer["down"])
+    gate_up_CF2 = matmul(h_CD, layer["gate_up"]).reshape(C, -1, 2)
+    h_CF = nn.silu(gate_up_CF2[..., 0]) * gate_up_CF2[..., 1]
+    x_CD += matmul(h_CF, layer["down"])
   return x_CD, write
 
 

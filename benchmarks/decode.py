@@ -175,9 +175,7 @@ class Bench:
       self.weights,
       *self.rows[:4],
       config=prefill.with_capacities(config, self.rows.capacities),
-      rings=prefill.ring_sizes(
-        config, self.rows.bytes_BL.shape[1] + self.max_bytes
-      ),
+      rings=prefill.ring_sizes(config, self.rows.capacities, self.max_bytes),
     )
     choice = sampling.make_choice(
       Sampling(temperature=0.8, top_p=0.95),

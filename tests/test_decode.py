@@ -171,7 +171,7 @@ def check(config, params, prompts, forced_BT, schedule, capacities=None):
     rows,
     forced_BT,
     config=prefill.with_capacities(config, capacities or rows.capacities),
-    rings=prefill.ring_sizes(config, 128),
+    rings=prefill.ring_sizes(config, rows.capacities, T),
     schedule=plan,
     splitter_step=splitter.step,
   )
@@ -203,7 +203,7 @@ def check(config, params, prompts, forced_BT, schedule, capacities=None):
 
 CASES = [
   (2, dict(upsampling="simple"), "any"),
-  (3, dict(upsampling="repeat", skip=False), "sync"),
+  (3, dict(upsampling="repeat", skip=False), "pack"),
   (4, dict(num_kv_heads=2), "half"),
 ]
 SLOW_CASES = [
@@ -245,7 +245,7 @@ def test_decoding_equals_the_forward_pass(num_stages, changes, schedule):
       for b, first in enumerate(from_prompt)
     )
     assert boundaries - last <= done <= boundaries
-    if schedule in ("half", "pack"):
+    if schedule == "pack":
       slots = int(state.calls_P[deepest]) * plan.block
       assert slots <= 1.25 * boundaries
 
@@ -293,7 +293,7 @@ def test_the_level_head_cuts_what_is_written():
     rows,
     forced_BT,
     config=prefill.with_capacities(config, rows.capacities),
-    rings=prefill.ring_sizes(config, 128),
+    rings=prefill.ring_sizes(config, rows.capacities, T),
     schedule=decode.make_schedule("pack", 4, config),
     splitter_step=splitter.step,
     levels="head",
@@ -375,8 +375,8 @@ def test_rows_count_every_stage():
 def test_pack_always_finds_a_full_block(batch, num_stages):
   config, _ = make_model_config(num_stages), None
   block = decode.make_schedule("pack", batch, config).block
-  # However rows spread over the phases, one has at least `block` of them.
-  assert -(-batch // decode.num_phases(config)) == block
+  # However rows spread over the deeper phases, one has at least `block`.
+  assert -(-batch // (decode.num_phases(config) - 1)) >= block
 
 
 def make_model_config(num_stages):

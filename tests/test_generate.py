@@ -95,7 +95,7 @@ def test_samples_differ_and_are_numbered():
   assert [row.data for row in two] == [four[0].data, four[1].data] * 2
 
 
-@pytest.mark.parametrize("schedule", ["any", "sync", "pack"])
+@pytest.mark.parametrize("schedule", ["any", "sync", "half", "pack"])
 def test_every_schedule_writes_the_same(schedule):
   prompts = [b"one", b"two words", b"", b"4 4 4"]
   expected = generator().generate(prompts, max_bytes=24)
@@ -189,7 +189,7 @@ def test_a_sharded_model_writes_the_same():
   expected = generator().generate(prompts, max_bytes=16)
   rows = sharded.generate(prompts, max_bytes=16)
   assert [row.data for row in rows] == [row.data for row in expected]
-  spread = sharded.weights["deepest"][0]["gate"]
+  spread = sharded.weights["deepest"][0]["gate_up"]
   assert not spread.sharding.is_fully_replicated
 
 
