@@ -16,11 +16,8 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import pydoc_data.topics
 import re
-import shlex
-import sys
 import time
 
 import jax
@@ -69,15 +66,6 @@ MODELS = {
     stage(2048, 25, 8192, 1664, "word@1", head_dim=128),
   ),
 }
-
-
-def machine() -> dict:
-  return {
-    "command": shlex.join(["python", *sys.argv]),
-    "device": jax.devices()[0].device_kind,
-    "cpu_count": os.cpu_count(),
-    "jax": jax.__version__,
-  }
 
 
 def num_params(config: ModelConfig) -> int:
@@ -298,7 +286,8 @@ def bench_speed(args, config, batch):
     "batch": batch,
     "prompt_bytes": args.prompt_bytes,
     "max_bytes": args.max_bytes,
-    **machine(),
+    **measure.machine("decode"),
+    "matmul_flops": measure.matmul_flops(config.dtype),
     "boundaries_per_byte": bench.boundaries_per_byte(),
     "schedules": {},
   }
@@ -352,7 +341,7 @@ def bench_flatness(args, config):
     json.dumps(
       {
         "model": args.model,
-        **machine(),
+        **measure.machine("decode"),
         "milliseconds_per_byte_at_200": 1e3 * times[200] / size,
         "milliseconds_per_byte_at_8000": 1e3 * times[8000] / size,
         "ratio": times[8000] / times[200],
