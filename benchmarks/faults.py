@@ -93,7 +93,7 @@ class Run:
   def __init__(self, corpus: Path, workdir: Path, num_processes: int, steps):
     self.corpus, self.workdir, self.num_steps = corpus, workdir, steps
     self.num_processes = num_processes
-    self.processes = []
+    self.processes, self.writers = [], []
     self.damaged = set()  # steps whose checkpoint was damaged since the start
     self.starts = 0
 
@@ -113,23 +113,27 @@ class Run:
         f"--num_processes={self.num_processes}",
       ]
     self.starts += 1
-    self.processes = []
+    self.processes, self.writers = [], []
     for i in range(self.num_processes):
       identity = [f"--process_id={i}"] if self.num_processes > 1 else []
       with self.output(i).open("w") as output:
-        self.processes.append(
-          subprocess.Popen(
-            command + identity,
-            cwd=ROOT,
-            env={
-              **os.environ,
-              "JAX_PLATFORMS": "cpu",
-              "JAX_NUM_CPU_DEVICES": "1",
-            },
-            stdout=output,
-            stderr=subprocess.STDOUT,
-          )
+        # Another process writes the log: a limit on files must not cut it off.
+        writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output)
+      self.processes.append(
+        subprocess.Popen(
+          command + identity,
+          cwd=ROOT,
+          env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+          },
+          stdout=writer.stdin,
+          stderr=subprocess.STDOUT,
         )
+      )
+      writer.stdin.close()
+      self.writers.append(writer)
 
   def output(self, process: int) -> Path:
     name = f"{self.workdir.name}-start{self.starts}-{process}.log"
@@ -198,6 +202,8 @@ class Run:
       except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    for writer in self.writers:
+      writer.wait(timeout=20)
     return [process.returncode for process in self.processes]
 
 
@@ -288,7 +294,7 @@ def _must_fail(run: Run) -> str:
   lines = [x for x in run.said().splitlines() if x.startswith("error: ")]
   check(
     status == 1 and len(lines) == 1,
-    f"status {status} on a full disk:\n{run.said()}",
+    f"status {status} on a full disk, errors {lines}:\n{run.said()}",
   )
   return lines[0].replace(str(run.workdir), "WORKDIR")
 
