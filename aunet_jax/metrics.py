@@ -55,11 +55,17 @@ class Log:
       self.say(line)
 
   def row(self, row: dict) -> None:
-    """Appends one object to metrics.jsonl and TensorBoard."""
+    """Appends one object to metrics.jsonl and TensorBoard.
+
+    Raises: OSError, with the file's name, where it cannot be written.
+    """
     if not self._active:
       return
-    with self._path.open("a") as file:
-      file.write(json.dumps(row) + "\n")
+    try:
+      with self._path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    except OSError as error:  # a full disk names no file
+      raise OSError(error.errno, error.strerror, str(self._path)) from error
     if self._board is not None:
       for name, value in row.items():
         if name != "step" and isinstance(value, int | float):

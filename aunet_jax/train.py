@@ -565,6 +565,12 @@ def train(setup: Setup, profile: tuple[int, int] | None = None) -> int:
     stopped_by = run(setup, profile)
   except (TrainingError, OSError, checkpoint.CheckpointError) as error:
     print(f"\nerror: {error}", file=sys.stderr)
+    if isinstance(error, OSError):
+      print(
+        "When that is mended, run the same command again to continue from "
+        f"checkpoint {setup.saver.latest_step()}.",
+        file=sys.stderr,
+      )
     with contextlib.suppress(checkpoint.CheckpointError):
       setup.saver.wait()  # a save that began before may still be whole
     return EXIT_FAILED

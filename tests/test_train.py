@@ -699,3 +699,11 @@ def test_a_disk_too_small_for_a_checkpoint_is_said_before_it_is_written(
   error = capsys.readouterr().err
   assert "MB free; free some space" in error
   assert checkpoint.steps(small_disk / "run") == []
+
+
+def test_a_row_that_cannot_be_written_names_its_file(tmp_path):
+  log = metrics.Log(tmp_path, tiny(), step=0, active=True)
+  (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+  with pytest.raises(OSError, match="No space left.*metrics.jsonl"):
+    log.row({"step": 1})
+  log.close()
