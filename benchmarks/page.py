@@ -49,7 +49,8 @@ def train_section(result: dict) -> list[str]:
         " ".join(m.get("attention", [])),
       ]
     )
-  lines = ["Training, whole steps.", ""]
+  when = f", {result['when']}" if "when" in result else ""
+  lines = [f"Training, whole steps{when}.", ""]
   lines += table(
     [
       "model",
