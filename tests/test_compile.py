@@ -326,3 +326,6 @@ def test_a_committed_report_is_of_its_job_which_fits(path):
   both = sum(sent[key] for key in sent["expected"])
   expected = sum(sent["expected"].values())
   assert both == pytest.approx(expected, rel=0.15)
+  if "check" in train:  # made with --check
+    check = train["check"]
+    assert check["counted_by_xla"] == pytest.approx(check["expected"], rel=0.15)
