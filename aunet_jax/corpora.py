@@ -161,7 +161,8 @@ def _build(
       raise ValueError(
         f"no documents to train on: {tally.num_good} found, "
         f"{writers['heldout'].num_documents} of them held out, skipped: "
-        f"{dict(tally.counts)}. Give more data, or data.heldout_fraction=0."
+        f"{_reasons(tally.counts) or 'none'}. Give more data, or "
+        f"data.heldout_fraction=0."
       )
     for writer in writers.values():
       writer.finish()
@@ -249,6 +250,11 @@ def _mixture(train) -> tuple[list[list[str] | str], tuple[float, ...] | None]:
   )
 
 
+def _reasons(counts: dict[str, int]) -> str:
+  """As "2 empty, 1 not UTF-8"."""
+  return ", ".join(f"{number:,} {why}" for why, number in counts.items())
+
+
 def _report(name: str, corpus: Corpus, log) -> None:
   fill = ", ".join(f"{share:.1%}" for share in corpus.fill)
   log(
@@ -260,7 +266,7 @@ def _report(name: str, corpus: Corpus, log) -> None:
       if "num_tokens" in corpus.stores[0].summary
       else ""
     )
-    + (f"; skipped: {corpus.skipped}" if corpus.skipped else "")
+    + (f"; skipped: {_reasons(corpus.skipped)}" if corpus.skipped else "")
   )
 
 
