@@ -19,12 +19,12 @@ from aunet_jax.layers import DECODE_CACHE
 
 
 def bucket(size: int, parts: int = 8) -> int:
-  """`size` rounded up to 16, 20, 24, 28, 32, 40, …: few shapes, few compiles.
+  """`size` rounded up to 16, 24, 32, …, 128, 144, …: few shapes, few compiles.
 
-  Args: parts: sizes from one power of two to the next.
+  Args: parts: most sizes from one power of two to the next.
   """
   power = 1 << max(4, (size - 1).bit_length() - 1)
-  step = power // parts
+  step = max(8, power // parts)
   return max(16, -(-size // step) * step)
 
 

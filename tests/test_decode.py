@@ -4,6 +4,7 @@ Small widths, windows shorter than the texts, and every part that could differ:
 number of stages, upsampling, skip connections, grouped heads, schedules.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -248,6 +249,16 @@ def test_decoding_equals_the_forward_pass(num_stages, changes, schedule):
     if schedule == "pack":
       slots = int(state.calls_P[deepest]) * plan.block
       assert slots <= 1.25 * boundaries
+
+
+def test_rings_hold_all_that_a_window_without_limit_sees():
+  config, params = make_model(2)
+  stages = [dataclasses.replace(x, window=None) for x in config.stages]
+  config = dataclasses.replace(config, stages=tuple(stages))
+  # A word every second byte: the deeper ring fills as far as it can.
+  row_T = np.frombuffer(b"a b c d e f g h i j k l m n o p q r s t ", np.uint8)
+  forced_BT = np.stack([np.roll(row_T, b) for b in range(4)]).astype(np.int32)
+  check(config, params, PROMPTS[:4], forced_BT, "half")
 
 
 GOLDEN = Path(__file__).parent / "golden"

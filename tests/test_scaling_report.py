@@ -178,8 +178,6 @@ def test_a_single_run_makes_a_report_that_fits_nothing(tmp_path):
 
 def test_the_committed_study_is_what_its_numbers_give(tmp_path):
   """python -m aunet_jax.scaling plot docs/study/numbers.jsonl --out=…"""
-  if not STUDY.exists():
-    pytest.skip("no study is committed yet")
   source = STUDY / "numbers.jsonl"
   assert scaling.main(["plot", str(source), f"--out={tmp_path}"]) == 0
   for name in TEXT_FILES:
