@@ -121,10 +121,11 @@ def _h100s(name: str, size: str, num_hosts: int) -> list:
       target_config=_H100,
       topology=f"1x{num_hosts}x{size}",
     ).devices
-  except (RuntimeError, NotImplementedError):
+  except (RuntimeError, NotImplementedError) as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(
-      f"--topology={name} needs JAX's CUDA plugin, which is not installed: "
-      f"pip install -e '.[cuda]'"
+      f"--topology={name} needs JAX's CUDA plugin, pip install -e '.[cuda]', "
+      f"which does not answer: {reason}"
     ) from None
 
 

@@ -275,8 +275,11 @@ def main() -> None:
     "speed": [],
     "memory": None,
   }
-  for path in inputs:
-    files, _ = sources.list_sources(path)
+  try:
+    listed = {path: sources.list_sources(path)[0] for path in inputs}
+  except ValueError as error:
+    parser.error(str(error))
+  for path, files in listed.items():
     documents = prepare.sample(files, "text", args.max_bytes)
     print(f"{path}: {sum(map(len, documents)) / 1e6:.1f} MB", file=sys.stderr)
     for rules in RULES:
