@@ -1,7 +1,7 @@
 """Compiles the programs of a run ahead of time, for hardware that is not here.
 
   python -m aunet_jax.compile --config=configs/aunet2_1b.py \\
-      --topology=v5e:8x8 --config.mesh.fsdp=64
+      --topology=v5e:8x8 --config.mesh.fsdp=8
 
 Nothing runs and no accelerator is asked: the compiler is told which chips to
 compile for. What it lays out says whether the run fits their memory, what the
