@@ -1,19 +1,19 @@
 """How full the rows are, and how fast they come.
 
-  python benchmarks/loader.py --input=books.jsonl.gz --input=python
-  python benchmarks/loader.py --input=python --only=speed --workers=0,1,2
+  python -m benchmarks.loader --input=books.jsonl.gz --input=python
+  python -m benchmarks.loader --input=python --only=speed --workers=0,1,2
 
 Three tables, and the same figures as one JSON object on the last line:
 fill (ours beside fixed rows of bytes with the official capacities), speed
 (indexing, loading, and both together, against a plain regex packer in the
-same run) and memory (resident set over many batches). Speeds are best of
-several runs; on a shared machine trust the ratio more than the figure.
+same run; needs `pip install -e '.[bench]'`) and memory (resident set over many
+batches). Speeds are best of several runs; on a shared machine trust the ratio
+more than the figure.
 """
 
 import argparse
 import json
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -23,6 +23,7 @@ import numpy as np
 
 from aunet_jax import config, data, planner, prepare, sources
 from aunet_jax.splitting import Splitter
+from benchmarks import measure
 
 ROW_BYTES = 8192
 RULES = (("word@1",), ("word@1", "word@2"))
@@ -119,13 +120,8 @@ def regex_packer(documents, capacities) -> tuple[int, float]:
 
   Returns: bytes of text and seconds, for word@1 or word@1,word@2.
   """
-  try:
-    import regex
-
-    marks = regex.compile(r"\p{N}{1,3}|[^\s\p{L}\p{N}]{1,3}[\r\n]*|\s*[\r\n]")
-  except ImportError:
-    regex = re
-    marks = re.compile(r"\d{1,3}|(?:[^\w\s]|_){1,3}[\r\n]*|\s*[\r\n]")
+  regex = measure.compared_with("regex")
+  marks = regex.compile(r"\p{N}{1,3}|[^\s\p{L}\p{N}]{1,3}[\r\n]*|\s*[\r\n]")
   words = [
     regex.compile(rf"(?:\S+?\s){{{count}}}")
     for count in range(1, len(capacities))
@@ -269,7 +265,7 @@ def main() -> None:
   args.workers = [int(count) for count in args.workers.split(",")]
   inputs = args.input or ["python"]
   result = {
-    "command": shlex.join(["python", *sys.argv]),
+    "command": shlex.join(["python", "-m", "benchmarks.loader", *sys.argv[1:]]),
     "cores": os.cpu_count(),
     "fill": [],
     "speed": [],

@@ -1,5 +1,6 @@
 """What every benchmark needs: times, a matmul ceiling, the machine's name."""
 
+import importlib
 import os
 import platform
 import shlex
@@ -10,6 +11,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def compared_with(package: str):
+  """A package whose speed ours stands beside.
+
+  Raises:
+    SystemExit: it is not installed.
+  """
+  try:
+    return importlib.import_module(package)
+  except ImportError:
+    raise SystemExit(
+      f"This compares with the package {package}, which is not installed: "
+      f"pip install -e '.[bench]'"
+    ) from None
 
 
 def machine(module: str) -> dict:

@@ -1,6 +1,6 @@
 """How far this package is from the official code, case by case.
 
-  python benchmarks/parity.py [DIRECTORY]
+  python -m benchmarks.parity [DIRECTORY]
 
 DIRECTORY holds recorded cases (default: tests/golden/official, whose README
 describes them). Prints, per case, the largest differences in float32 on CPU

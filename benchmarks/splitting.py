@@ -4,12 +4,12 @@
   python -m benchmarks.splitting --input=books.jsonl --rule=pretok
 
 Prints, from one run on one core: the bulk driver, a regex implementation of
-the same rules (needs `pip install regex`; the published expressions compiled
-once, one pass each over whole documents), and their ratio; the bulk driver on
-two threads; and one decoding step in jit for several batch sizes. The last
-line is JSON. Speeds are the best of several runs. Those of one core count the
-processor time of its thread, so that neighbours on a shared machine matter
-less; the others count time on the clock.
+the same rules (the published expressions compiled once, one pass each over
+whole documents; needs `pip install -e '.[bench]'`), and their ratio; the bulk
+driver on two threads; and one decoding step in jit for several batch sizes.
+The last line is JSON. Speeds are the best of several runs. Those of one core
+count the processor time of its thread, so that neighbours on a shared machine
+matter less; the others count time on the clock.
 """
 
 import argparse
@@ -35,8 +35,7 @@ _PUNCT = r"\d{1,3}(?=(?:\d{3})*(?!\d))|[^\s\p{L}\p{N}]{1,3}[\r\n]*|\s*[\r\n]"
 
 def regex_splitter(rules):
   """A function from UTF-8 to the level of each byte; None if not known."""
-  import regex
-
+  regex = measure.compared_with("regex")
   passes = []  # (level, expression, whether its end is the cut)
   for level, rule in enumerate(rules, 1):
     name, _, number = rule.partition("@")

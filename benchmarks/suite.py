@@ -1,12 +1,13 @@
 """All benchmarks of a machine, one after the other, into one JSON file.
 
-  python -m benchmarks.suite --device=cpu    two cores, about six minutes
+  python -m benchmarks.suite --device=cpu    two cores, about five minutes
   python -m benchmarks.suite --device=gpu    one GPU, at most ten minutes
 
 Each is a command of its own with a time limit; one that fails or runs out of
-time is recorded as such and the rest goes on. On a GPU the attention kernels
-are checked before anything is timed, and the 1B models train in bfloat16 with
-the fused kernel, and with `xla` for comparison.
+time is recorded as such and the rest goes on. `--device=cpu` needs
+`pip install -e '.[bench]'`. On a GPU the attention kernels are checked before
+anything is timed, and the 1B models train in bfloat16 with the fused kernel,
+and with `xla` for comparison.
 
 The file is `benchmarks/results/DEVICE-DATE-suite.json`; `--out` names another.
 """

@@ -1,11 +1,11 @@
 """What reading a BPE vocabulary causally costs: `tokens@FILE` beside BPE.
 
-  python benchmarks/tokens.py --train=books/train.txt --test=books/test.txt
+  python -m benchmarks.tokens --train=books/train.txt --test=books/test.txt
 
-Needs `pip install tokenizers`. Trains a byte-level BPE vocabulary on one text
-and splits another with it in both ways. A cut of ours is at the first byte of
-a segment, a token of BPE starts at its first byte; both counts and how many
-are shared, per vocabulary size, and as JSON on the last line.
+Needs `pip install -e '.[bench]'`. Trains a byte-level BPE vocabulary on one
+text and splits another with it in both ways. A cut of ours is at the first
+byte of a segment, a token of BPE starts at its first byte; both counts and how
+many are shared, per vocabulary size, and as JSON on the last line.
 """
 
 import argparse
@@ -15,9 +15,11 @@ import tempfile
 import time
 
 import numpy as np
-import tokenizers
 
 from aunet_jax.splitting import Splitter
+from benchmarks import measure
+
+tokenizers = measure.compared_with("tokenizers")
 
 
 def train(text: str, size: int) -> tokenizers.Tokenizer:
