@@ -237,6 +237,21 @@ def _num_bytes(tree) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def say_failed_saves_once() -> None:
+  """Keeps the writes that a failed save leaves under way from reporting it.
+
+  Orbax closes its event loop at the first failure, which `save` and `wait`
+  raise; every other write then prints that the loop is closed.
+  """
+  others = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      others(unraisable)
+
+  sys.unraisablehook = hook
+
+
 class Checkpointer:
   """Saves in the background and restores the newest whole checkpoint."""
 
@@ -336,11 +351,12 @@ class Checkpointer:
   def _write_error(self, step, error) -> CheckpointError:
     name = "a checkpoint" if step is None else f"checkpoint {step}"
     reason = str(error).strip().splitlines()
+    whole = sorted(self._manager.all_steps())
+    newest = f"Checkpoint {whole[-1]} is whole" if whole else "None is whole"
     return CheckpointError(
       f"{name} could not be written under {self.directory}: "
-      f"{reason[0] if reason else type(error).__name__}. Checkpoints "
-      f"{sorted(self._manager.all_steps())} are whole; when there is room, run "
-      f"the same command again to continue from the newest."
+      f"{reason[0] if reason else type(error).__name__}. {newest}; when that "
+      f"is mended, run the same command again to continue."
     )
 
   def restore(

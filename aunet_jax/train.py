@@ -590,4 +590,5 @@ def train(setup: Setup, profile: tuple[int, int] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  checkpoint.say_failed_saves_once()
   sys.exit(main())

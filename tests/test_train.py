@@ -668,7 +668,7 @@ def test_a_full_disk_during_a_checkpoint_is_a_clear_error(corpus, tmp_path):
     text=True,
   )  # fmt: skip
   assert process.returncode == 1, process.stderr
-  # The store's own threads print too, before and after the trainer's line.
+  assert "Traceback" not in process.stderr  # JAX's cache may warn
   said = [x for x in process.stderr.splitlines() if x.startswith("error: ")]
   assert len(said) == 1, process.stderr
   assert said[0].startswith("error: a checkpoint could not be written")
