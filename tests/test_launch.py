@@ -268,6 +268,7 @@ def test_scripts_parse_and_pass_shellcheck(path):
     ("aunet2_1b_v6e_32.env", "gke.sh xpk"),
     ("aunet2_8b_v5p_64.env", "tpu_vm.sh run"),
     ("aunet2_8b_v6e_256.env", "tpu_vm.sh run"),
+    ("aunet3_1b_v5p_16.env", "tpu_vm.sh run"),
     ("aunet4_1b_v5p_16.env", "tpu_vm.sh run"),
   ],
 )
