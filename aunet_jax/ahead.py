@@ -154,7 +154,7 @@ def _compile(lowered):
   try:
     return lowered()
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if "RESOURCE_EXHAUSTED" not in str(error) or "Shared mem" in str(error):
       raise
     needed = re.search(r"([\d.]+)([GM]) of [\d.]+G hbm", str(error))
     needed = needed or re.search(r"\(([\d.]+)([GM])\) exceeds", str(error))

@@ -84,10 +84,17 @@ def check(stages: Sequence[StageConfig], platform: str) -> tuple[str, ...]:
 
   Raises: ValueError naming the stage whose choice cannot run.
   """
-  return tuple(
-    pick(stage.attention, platform, f"stage {number}")
-    for number, stage in enumerate(stages, start=1)
-  )
+  kernels = []
+  for number, stage in enumerate(stages, start=1):
+    kernel = pick(stage.attention, platform, f"stage {number}")
+    if kernel == "triton" and stage.head_dim > attention_gpu.MAX_HEAD_DIM:
+      raise ValueError(
+        f"stage {number}: attention='triton' takes a head_dim of at most "
+        f"{attention_gpu.MAX_HEAD_DIM} and this is {stage.head_dim}, whose "
+        f"blocks do not fit a GPU's shared memory; use 'auto' or 'xla'."
+      )
+    kernels.append(kernel)
+  return tuple(kernels)
 
 
 def attention(

@@ -6,8 +6,9 @@
 Every kernel that can run on the devices here, values and gradients, on rows
 of several documents; `dense` is JAX's own attention with neither window nor
 documents, the least one could compute without a fused kernel. Errors are
-against `xla` in float32 at the highest precision, over the largest entry. Exit
-status 1 where one is above its bound: this is the check of a kernel on new
+against `xla` in float32, over the largest entry, both at the highest precision;
+times are at the default one, which for float32 on a GPU is TF32. Exit status 1
+where an error is above its bound: this is the check of a kernel on new
 hardware.
 
 The last line of the output is one JSON object.
@@ -40,8 +41,13 @@ SHAPES = {
     "stage 3": (4, 1144, 24, 24, 128, None),
   },
 }
-# Of the largest entry: float32 sums in another order; bfloat16 has 8 bits.
-BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
+# Of the largest entry: float32 sums in another order; bfloat16 has 8 bits. At
+# these shapes a CPU finds up to 2.0e-2 for xla, which rounds the probabilities
+# before their gradient, and 4.4e-3 for triton; splash has not been measured.
+BOUNDS = {
+  "float32": {"xla": 1e-5, "splash": 1e-5, "triton": 1e-5},
+  "bfloat16": {"xla": 4e-2, "splash": 2e-2, "triton": 1e-2},
+}
 
 
 def inputs(shape, dtype):
@@ -80,11 +86,12 @@ def with_gradients(kernel, window):
 
 
 def error(found, expected) -> float:
-  """Largest over value and gradients, each over its largest entry."""
-  return max(
+  """Largest over value and gradients, each over its largest entry; or NaN."""
+  errors = [
     float(jnp.abs(x.astype(jnp.float32) - y).max() / jnp.abs(y).max())
     for x, y in zip(found, expected, strict=True)
-  )
+  ]
+  return float(np.max(errors))  # unlike max, it does not lose a NaN
 
 
 def compare(shape, dtype, kernels, repeats) -> dict:
@@ -112,7 +119,7 @@ def compare(shape, dtype, kernels, repeats) -> dict:
       with jax.default_matmul_precision("highest"):
         found = jax.jit(with_gradients(kernel, window))(*qkv, documents_BL)
       row["error"] = error(found, expected)
-      row["error_bound"] = BOUNDS[dtype]
+      row["error_bound"] = BOUNDS[dtype][name]
     result[name] = row
   for row in result.values():
     row["speed_of_xla"] = (

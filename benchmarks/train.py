@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import sys
 import time
 
 import jax
@@ -155,6 +156,8 @@ def time_steps(
     "compile_seconds": compile_seconds,
     "step_seconds_median": median,
     "step_seconds_best": min(times[1:]),
+    "steps": len(times),
+    "steps_not_finite": int(train_state.nonfinite_total),
     "bytes_per_second": num_bytes / median,
     "useful_flops_per_second": useful / median,
     "padded_flops_per_second": padded / median,
@@ -179,15 +182,16 @@ def with_kernels(model: ModelConfig, args) -> ModelConfig:
   if args.remat is not None:
     stages = [dataclasses.replace(s, remat=args.remat) for s in model.stages]
     model = dataclasses.replace(model, stages=tuple(stages))
-  # float32 parameters, gradients and two moments take 16 bytes a parameter.
+  # float32 parameters, gradients and two moments take 16 bytes a parameter;
+  # compiled for an H100, aunet4_1b needs 19.4 for a step of one row.
   limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)
-  if 18 * counts.num_parameters(model) > limit:
+  if 20 * counts.num_parameters(model) > limit:
     model = dataclasses.replace(model, param_dtype="bfloat16")
     print("parameters in bfloat16: float32 ones do not fit one device")
   return model
 
 
-def main() -> None:
+def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -236,8 +240,12 @@ def main() -> None:
     print(line, flush=True)
     for part, share in result.get("where_time_goes", {}).items():
       print(f"  {share:6.1%}  {part}", flush=True)
+  broken = [name for name in results if results[name]["steps_not_finite"]]
+  if broken:
+    print(f"steps were not finite: {', '.join(broken)}", file=sys.stderr)
   print(json.dumps({**measure.machine("train"), "models": results}))
+  return 1 if broken else 0
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -1,11 +1,13 @@
 """What the benchmarks count and draw; their times are nobody's business."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import page, upsample, where_time_goes
+from benchmarks import attention, page, suite, upsample, where_time_goes
 
 
 def test_products_in_loops_are_counted_as_often_as_they_run():
@@ -75,3 +77,24 @@ def test_every_committed_result_has_a_section(tmp_path):
         else:
           lines = page.section(part, name)
         assert lines and all(isinstance(line, str) for line in lines)
+
+
+def test_a_kernel_whose_gradients_are_no_numbers_is_wrong():
+  right, nan = jnp.ones(3), jnp.full(3, jnp.nan)
+  assert np.isnan(attention.error([right, nan], [right, right]))
+  assert attention.error([right, 2 * right], [right, right]) == 1
+
+
+def test_a_suite_keeps_what_was_done_before_a_part_that_fails(
+  tmp_path, monkeypatch
+):
+  parts = {"one": (60, "upsample --shapes=none"), "two": (60, "no_such_part")}
+  monkeypatch.setattr(suite, "PARTS", {"cpu": parts})
+  written = tmp_path / "out.json"
+  monkeypatch.setattr("sys.argv", ["suite", "--device=cpu", f"--out={written}"])
+  assert suite.main() == 1
+  results = json.loads(written.read_text())["results"]
+  assert [r["failed"] for r in results.values()] == [
+    "exit status 2",
+    "exit status 1",
+  ]
