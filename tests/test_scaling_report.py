@@ -187,13 +187,14 @@ def test_the_committed_study_is_what_its_numbers_give(tmp_path):
   """python -m aunet_jax.scaling plot docs/study/numbers.jsonl --out=…"""
   source = STUDY / "numbers.jsonl"
   assert scaling.main(["plot", str(source), f"--out={tmp_path}"]) == 0
-  for name in TEXT_FILES:
+  # The least digits of a search are those of the processor's arithmetic: of
+  # five in fits.json, of fewer in the report.
+  for name, rtol in zip(TEXT_FILES, (0, 1e-3, 5e-3), strict=True):
     drawn, drawn_numbers = numbers_apart(tmp_path / name)
     kept, kept_numbers = numbers_apart(STUDY / name)
     assert drawn == kept, name
-    # The least digits of a search are those of the processor's arithmetic.
     np.testing.assert_allclose(
-      drawn_numbers, kept_numbers, rtol=2e-3, atol=2e-3, err_msg=name
+      drawn_numbers, kept_numbers, rtol=rtol, err_msg=name
     )
   assert {p.name for p in tmp_path.glob("*.png")} == {
     p.name for p in STUDY.glob("*.png")
