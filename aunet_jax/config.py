@@ -21,14 +21,29 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 NUM_BYTES = 256
+
+
 BOS = 256  # first input of every document; never a target
+
+
 EOS = 257  # last target of every document; never an input
+
+
 VOCAB_SIZE = 258  # as the official code (facebookresearch/lingua, apps/aunet)
 
+
 UPSAMPLINGS = ("multi_linear", "repeat", "simple")
+
+
 REMATS = ("none", "dots", "full")
+
+
 ATTENTIONS = ("auto", "xla", "splash", "triton")
+
+
 SCHEDULES = ("cosine", "wsd", "constant")
+
+
 DTYPES = ("float32", "bfloat16")
 
 
@@ -586,3 +601,27 @@ def parse_flags(args: Sequence[str]) -> Config:
   if rest:
     raise ValueError(f"unknown arguments: {' '.join(rest)}")
   return from_config_dict(value)
+
+
+def position_limit(config: ModelConfig) -> int | None:
+  """Positions a text may have before the model leaves what it was trained on.
+
+  With every window inside the training row there is none: attention never
+  sees a distance it was not trained on. A stage that sees further back than
+  the row was long is held to the row's length.
+  """
+  for stage in config.stages:
+    if stage.window is None or stage.window > stage.capacity:
+      return config.stages[0].capacity
+  return None
+
+
+def with_capacities(
+  config: ModelConfig, capacities: tuple[int, ...]
+) -> ModelConfig:
+  """The same network for rows of another shape; parameters do not change."""
+  stages = tuple(
+    dataclasses.replace(stage, capacity=capacity)
+    for stage, capacity in zip(config.stages, capacities, strict=True)
+  )
+  return dataclasses.replace(config, stages=stages)

@@ -31,19 +31,15 @@ one, standard input is read.
 """
 
 import argparse
-import heapq
 import json
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
-
-from aunet_jax import planner, sources, split_view
-from aunet_jax.splitting import Splitter
-
-_PLAN_ROWS = 500  # rows of text that capacities are recommended from
+from aunet_jax.data import planner, sources
+from aunet_jax.data.planner import statistics
+from aunet_jax.splitting import view
+from aunet_jax.splitting.splitter import Splitter
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -125,82 +121,6 @@ def _documents(args: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
         )
 
 
-class _Longest:
-  """The longest segments of stage 2, with where they stand."""
-
-  def __init__(self, count: int):
-    self._count = count
-    self._heap: list[tuple[int, str, int, bytes]] = []
-
-  def add(self, name: str, text: bytes, levels: np.ndarray) -> None:
-    if self._count < 1:
-      return
-    edges = np.concatenate(([0], np.flatnonzero(levels) + 1, [len(text)]))
-    lengths = np.diff(edges)
-    for index in np.argsort(-lengths, kind="stable")[: self._count]:
-      length, start = int(lengths[index]), int(edges[index])
-      entry = (length, name, start, text[start : start + 60])
-      if length and len(self._heap) < self._count:
-        heapq.heappush(self._heap, entry)
-      elif length and length > self._heap[0][0]:
-        heapq.heapreplace(self._heap, entry)
-
-  def found(self) -> list[dict]:
-    return [
-      {"bytes": length, "document": name, "offset": start, "text": snippet}
-      for length, name, start, snippet in sorted(
-        self._heap, key=lambda entry: -entry[0]
-      )
-    ]
-
-
-def statistics(
-  documents: Iterable[tuple[str, bytes]],
-  splitter,
-  rules: list[str],
-  row_bytes: int,
-  num_longest: int = 0,
-) -> dict:
-  """What the rules make of the documents, in JSON types.
-
-  Returns: documents, bytes, megabytes_per_second (of splitting alone),
-    `stages` as `planner.SegmentCounter.summary`, `longest` segments of stage
-    2, and `capacities` with `fill` for rows of `row_bytes`, both None where
-    there is too little text to say.
-  """
-  counter = planner.SegmentCounter(splitter.num_levels)
-  longest = _Longest(num_longest)
-  sample, sample_bytes = [], 0
-  num_documents = num_bytes = 0
-  splitter.levels(b"")  # compiles the loop, which is not to be timed
-  seconds = 0.0
-  for name, text in documents:
-    before = time.perf_counter()
-    levels = splitter.levels(text)
-    seconds += time.perf_counter() - before
-    counter.add(levels)
-    longest.add(name, text, levels)
-    num_documents += 1
-    num_bytes += len(text)
-    room = _PLAN_ROWS * row_bytes - sample_bytes
-    if room > 0 and text:
-      sample.append(text[:room])
-      sample_bytes += len(sample[-1])
-  enough = sample_bytes >= planner.MIN_ROWS * row_bytes
-  plan = planner.recommend(sample, splitter, row_bytes) if enough else None
-  return {
-    "rules": rules,
-    "documents": num_documents,
-    "bytes": num_bytes,
-    "megabytes_per_second": num_bytes / max(seconds, 1e-9) / 1e6,
-    "stages": counter.summary(rules),
-    "longest": longest.found(),
-    "row_bytes": row_bytes,
-    "capacities": plan and list(plan.capacities),
-    "fill": plan and list(plan.fill),
-  }
-
-
 def table(found: dict) -> list[list[str]]:
   """The per-stage part of `statistics` as rows of text, headings first."""
   rows = [
@@ -258,7 +178,7 @@ def report(found: dict) -> str:
   for segment in found["longest"]:
     lines.append(
       f"  {segment['bytes']:,} bytes at {segment['offset']:,} of "
-      f"{segment['document']}: {split_view.on_one_line(segment['text'])}"
+      f"{segment['document']}: {view.on_one_line(segment['text'])}"
     )
   return "\n".join(lines)
 
@@ -285,7 +205,7 @@ def _show(args: argparse.Namespace, splitter: Splitter) -> None:
     title += f", first {len(data):,} of {len(text):,} bytes"
   if args.html:
     with open(args.html, "w", encoding="utf-8") as file:
-      file.write(split_view.page(title, data, levels, rules, table(found)))
+      file.write(view.page(title, data, levels, rules, table(found)))
     print(f"wrote {args.html}")
     return
   colour = args.color == "always" or (
@@ -293,8 +213,8 @@ def _show(args: argparse.Namespace, splitter: Splitter) -> None:
     and sys.stdout.isatty()
     and not os.environ.get("NO_COLOR")
   )
-  print(f"{title}\n{split_view.legend(rules, colour)}\n")
-  print(split_view.draw(data, levels, colour))
+  print(f"{title}\n{view.legend(rules, colour)}\n")
+  print(view.draw(data, levels, colour))
   print()
   for row in table(found)[1:]:
     print(f"stage {row[0]}: {row[2]} segments of {row[3]} bytes on average")

@@ -30,11 +30,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aunet_jax import ahead, counts, layers, pooling, sharding
 from aunet_jax import config as config_lib
+from aunet_jax.aunet import block, counts, sharding, transition
+from aunet_jax.aunet import devices as devices_lib
+from aunet_jax.compile import programs
 from aunet_jax.config import Config, MeshConfig
 
-GIB = ahead.GIB
+GIB = devices_lib.GIB
 MEMORY_BYTES = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9, "h100": 80e9}
 
 
@@ -62,8 +64,8 @@ def step_memory(config: Config, mesh, rows: int) -> dict | None:
   )
   began = time.perf_counter()
   try:
-    compiled = ahead.compile_train(config, mesh)
-  except ahead.DoesNotFit:
+    compiled = programs.compile_train(config, mesh)
+  except programs.DoesNotFit:
     return None
   seconds = round(time.perf_counter() - began, 1)
   return {**memory(compiled), "compile_seconds": seconds}
@@ -102,7 +104,7 @@ def pieces(config: Config, mesh, rows: int) -> dict:
   for i, stage in enumerate(model.stages):
     L, H, G, K = stage.capacity, stage.num_heads, stage.kv_heads, stage.head_dim
     attend = functools.partial(
-      layers.attention, window=stage.window, choice=stage.attention
+      block.attention, window=stage.window, choice=stage.attention
     )
     keys = ((rows, L, G, K), dtype)
     documents = ((rows, L), jnp.int32)
@@ -116,7 +118,7 @@ def pieces(config: Config, mesh, rows: int) -> dict:
       kernel = ((model.num_offsets, E, stage.dim), dtype)
       result["upsampling_mib"].append(
         piece_memory(
-          pooling.offset_matmul,
+          transition.offset_matmul,
           mesh,
           ((rows, S, E), dtype),
           documents,
@@ -172,7 +174,7 @@ def main() -> None:
   parser.add_argument("--no_pieces", action="store_true")
   args, rest = parser.parse_known_args()
   config = config_lib.parse_flags(rest)
-  devices = ahead.topology_devices(args.topology)
+  devices = programs.topology_devices(args.topology)
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=None), devices)
   platform = sharding.platform(mesh)
   limit = MEMORY_BYTES[args.topology.split(":")[0]]

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aunet_jax import attention
+from aunet_jax.aunet import attention
 from benchmarks import measure
 
 # (rows, positions, query heads, key/value heads, head dim, window)

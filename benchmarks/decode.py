@@ -24,13 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aunet_jax import decode, prefill, sampling, sharding, step
-from aunet_jax.aunet import AUNet
-from aunet_jax.config import ModelConfig, StageConfig
-from aunet_jax.generator import make_stats, work_of
-from aunet_jax.sampling import Sampling
-from aunet_jax.splitting import Splitter
-from aunet_jax.state import init_params
+from aunet_jax.aunet import network, sharding
+from aunet_jax.aunet.network import AUNet, init_params
+from aunet_jax.config import ModelConfig, StageConfig, with_capacities
+from aunet_jax.data.rows import make_rows
+from aunet_jax.generate import decode, prefill, sampling
+from aunet_jax.generate.generator import make_stats, work_of
+from aunet_jax.generate.sampling import Sampling
+from aunet_jax.splitting.splitter import Splitter
 from benchmarks import measure
 
 TEXT = "\n".join(pydoc_data.topics.topics.values()).encode()
@@ -142,7 +143,7 @@ class Bench:
     self.splitter = Splitter(config.rules)
     self.step = self.splitter.step
     self.params = random_params(config)
-    make = functools.partial(step.make_weights, config=config, int8=int8)
+    make = functools.partial(network.make_weights, config=config, int8=int8)
     self.weights = jax.jit(make)(self.params)
     size = prompt_bytes + max_bytes
     starts = [7919 * b % (len(TEXT) - size) for b in range(batch)]
@@ -152,9 +153,7 @@ class Bench:
       [np.frombuffer(p[prompt_bytes:], np.uint8) for p in pieces]
     ).astype(np.int32)
     self.max_bytes = max_bytes
-    self.rows = prefill.make_rows(
-      self.prompts, self.splitter, config.num_stages
-    )
+    self.rows = make_rows(self.prompts, self.splitter, config.num_stages)
 
   def start(self, limit):
     config = self.config
@@ -162,7 +161,7 @@ class Bench:
       self.params,
       self.weights,
       *self.rows[:4],
-      config=prefill.with_capacities(config, self.rows.capacities),
+      config=with_capacities(config, self.rows.capacities),
       rings=prefill.ring_sizes(config, self.rows.capacities, self.max_bytes),
     )
     choice = sampling.make_choice(
@@ -223,7 +222,7 @@ class Bench:
       prompt + bytes(row.astype(np.uint8))
       for prompt, row in zip(self.prompts, self.text_BT, strict=True)
     ]
-    rows = prefill.make_rows(texts, self.splitter, N)
+    rows = make_rows(texts, self.splitter, N)
     # The last byte's boundary is not computed: nothing follows it.
     levels = rows.levels_BL[:, size + 1 : size + self.max_bytes]
     total = self.batch * self.max_bytes
@@ -237,8 +236,8 @@ def time_forward(bench: Bench, repeats: int) -> float:
     prompt + bytes(row.astype(np.uint8))
     for prompt, row in zip(bench.prompts, bench.text_BT, strict=True)
   ]
-  rows = prefill.make_rows(texts, bench.splitter, config.num_stages)
-  model = AUNet(prefill.with_capacities(config, rows.capacities))
+  rows = make_rows(texts, bench.splitter, config.num_stages)
+  model = AUNet(with_capacities(config, rows.capacities))
   forward = jax.jit(
     lambda p, *row: model.apply({"params": p}, *row)[:, -1].argmax(-1)
   )

@@ -21,8 +21,10 @@ import time
 
 import numpy as np
 
-from aunet_jax import config, data, planner, prepare, sources
-from aunet_jax.splitting import Splitter
+from aunet_jax import config
+from aunet_jax.data import planner, shards, sources
+from aunet_jax.data.loader import make_loader, open_corpora
+from aunet_jax.splitting.splitter import Splitter
 from benchmarks import measure
 
 ROW_BYTES = 8192
@@ -155,9 +157,7 @@ def regex_packer(documents, capacities) -> tuple[int, float]:
 
 def load_rate(corpus, num_workers: int, seconds: float, repeats: int) -> float:
   """Text bytes a second of a loader that is under way, best of `repeats`."""
-  loader = data.make_loader(
-    corpus, seed=0, batch_size=16, num_workers=num_workers
-  )
+  loader = make_loader(corpus, seed=0, batch_size=16, num_workers=num_workers)
   for _ in range(8):
     next(loader)
   best = 0.0
@@ -179,14 +179,14 @@ def speed_table(path: str, documents, rules, args) -> dict:
   for _ in range(args.repeats):
     with tempfile.TemporaryDirectory() as cache:
       start = time.perf_counter()
-      corpus, _ = data.open_corpora(
+      corpus, _ = open_corpora(
         cfg, splitter, capacities, cache, log=lambda line: None
       )
       index_rates.append(corpus.num_bytes / (time.perf_counter() - start))
   indexing = max(index_rates)
   result = {"rules": ",".join(rules), "capacities": list(capacities)}
   with tempfile.TemporaryDirectory() as cache:
-    corpus, _ = data.open_corpora(
+    corpus, _ = open_corpora(
       cfg, splitter, capacities, cache, log=lambda line: None
     )
     loading = {
@@ -226,10 +226,10 @@ def memory_table(path: str, rules, num_batches: int) -> dict:
   cfg = config.DataConfig(train=path, heldout_fraction=0.0)
   with tempfile.TemporaryDirectory() as cache:
     capacities = (ROW_BYTES,) + (ROW_BYTES // 5,) * len(rules)
-    corpus, _ = data.open_corpora(
+    corpus, _ = open_corpora(
       cfg, splitter, capacities, cache, log=lambda line: None
     )
-    loader = data.make_loader(corpus, seed=0, batch_size=16)
+    loader = make_loader(corpus, seed=0, batch_size=16)
     sizes = []
     for step in range(num_batches):
       next(loader)
@@ -276,7 +276,7 @@ def main() -> None:
   except ValueError as error:
     parser.error(str(error))
   for path, files in listed.items():
-    documents = prepare.sample(files, "text", args.max_bytes)
+    documents = shards.sample(files, "text", args.max_bytes)
     print(f"{path}: {sum(map(len, documents)) / 1e6:.1f} MB", file=sys.stderr)
     for rules in RULES:
       if args.only in (None, "fill"):

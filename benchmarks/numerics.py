@@ -20,9 +20,11 @@ import jax
 import numpy as np
 
 from aunet_jax import config as config_lib
-from aunet_jax import loss, optimizer, sharding, state, train
+from aunet_jax.aunet import loss, sharding
 from aunet_jax.config import BOS, Config, ModelConfig, StageConfig
-from aunet_jax.splitting import Splitter
+from aunet_jax.splitting.splitter import Splitter
+from aunet_jax.train import optimizer, state
+from aunet_jax.train.step import compile_step
 from benchmarks import measure
 
 L, NUM_ROWS = 256, 4
@@ -85,7 +87,7 @@ def curve(dtype: str, seed: int, num_steps: int) -> list[float]:
   for batch in batches(num_steps):
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     if step is None:
-      step = train.compile_step(config, tx, mesh, shardings, train_state, batch)
+      step = compile_step(config, tx, mesh, shardings, train_state, batch)
     train_state, step_metrics = step(train_state, batch)
     found.append(step_metrics)
   return [

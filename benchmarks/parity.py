@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aunet_jax import lingua
-from aunet_jax.aunet import AUNet
+from aunet_jax.aunet.network import AUNet
+from aunet_jax.convert import lingua
 
 OFFICIAL = Path(__file__).parents[1] / "tests" / "golden" / "official"
 

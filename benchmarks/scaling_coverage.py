@@ -27,8 +27,8 @@ import numpy as np
 import scipy
 import threadpoolctl
 
-from aunet_jax import scaling_fit as fit
-from aunet_jax import scaling_valleys
+from aunet_jax.scaling import fit
+from aunet_jax.scaling.valleys import valley, valley_line
 
 LADDER = fit.Law(0.9, (30.0,), (0.09,))  # bits per byte against FLOPs
 SURFACE = fit.Law(1.8, (480.0, 2100.0), (0.35, 0.37))  # near Chinchilla's
@@ -76,10 +76,10 @@ def isoflop_trial(law, x_KN, budget_N, noise, rng, seed, bootstrap):
   loss_N = fit.predict(law, x_KN)
   loss_N = loss_N * np.exp(rng.normal(0, noise, loss_N.size))
   valleys = [
-    scaling_valleys.valley(b, *x_KN[:, budget_N == b], loss_N[budget_N == b])
+    valley(b, *x_KN[:, budget_N == b], loss_N[budget_N == b])
     for b in np.unique(budget_N)
   ]
-  found = scaling_valleys.valley_line(valleys, number=bootstrap, seed=seed)
+  found = valley_line(valleys, number=bootstrap, seed=seed)
   truth = {"size_exponent": fit.allocation(law, 6.0).size_exponent}
   return _inside({"size_exponent": found.interval}, truth)
 

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aunet_jax import sources
-from aunet_jax.splitting import Splitter
+from aunet_jax.data import sources
+from aunet_jax.splitting.splitter import Splitter
 from benchmarks import measure
 
 _WORD_STARTS = r"\p{N}{1,3}|[^\s\p{L}\p{N}]{1,3}[\r\n]*|\s*[\r\n]"

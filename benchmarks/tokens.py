@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from aunet_jax.splitting import Splitter
+from aunet_jax.splitting.splitter import Splitter
 from benchmarks import measure
 
 tokenizers = measure.compared_with("tokenizers")

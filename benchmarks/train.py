@@ -27,9 +27,11 @@ import time
 import jax
 import numpy as np
 
-from aunet_jax import attention, counts, optimizer, sharding, state, train
 from aunet_jax import config as config_lib
+from aunet_jax.aunet import attention, counts, devices, sharding
 from aunet_jax.config import Config, ModelConfig, StageConfig
+from aunet_jax.train import optimizer, state
+from aunet_jax.train.step import compile_step
 from benchmarks import measure, where_time_goes
 
 PAPER_BYTES_PER_SECOND = {  # arXiv 2506.14761, one H100 of several
@@ -117,7 +119,7 @@ def prepare(model: ModelConfig, num_rows: int):
   batch = jax.device_put(
     random_batch(model, num_rows), sharding.batch_sharding(mesh)
   )
-  step = train.compile_step(config, tx, mesh, shardings, abstract, batch)
+  step = compile_step(config, tx, mesh, shardings, abstract, batch)
   return step, functools.partial(state.create_state, model, tx, mesh, 0), batch
 
 
@@ -222,7 +224,7 @@ def main() -> int:
       f"{result['rows']} rows, useful MFU {result['useful_mfu']:.1%} of the "
       f"matmul ceiling {ceiling / 1e12:.2f} TFLOP/s"
     )
-    peak = counts.peak_flops(jax.devices()[0])
+    peak = devices.peak_flops(jax.devices()[0])
     if peak:
       result["useful_mfu_of_data_sheet"] = (
         result["useful_flops_per_second"] / peak

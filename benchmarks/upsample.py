@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aunet_jax import grouped, pooling
+from aunet_jax.aunet import grouped, transition
+from aunet_jax.aunet.segments import segment, take
 from benchmarks import measure
 
 # (rows, fine positions, coarse slots, fine width, coarse width)
@@ -40,7 +41,7 @@ def make_inputs(shape, dtype):
   for row in boundary_BL:
     row[rng.choice(np.arange(1, L), S - 1, replace=False)] = True
     row[0] = True
-  segments = pooling.segment(jnp.asarray(boundary_BL), S)
+  segments = segment(jnp.asarray(boundary_BL), S)
   x_BSE = rng.standard_normal((B, S, E), np.float32)
   kernel_OED = rng.standard_normal((NUM_OFFSETS, E, D), np.float32) / E**0.5
   return (
@@ -52,7 +53,7 @@ def make_inputs(shape, dtype):
 
 
 def dense(x_BSE, slot_BL, offset_BL, kernel_OED):
-  return pooling.take(x_BSE, slot_BL) @ kernel_OED[0]
+  return take(x_BSE, slot_BL) @ kernel_OED[0]
 
 
 def ragged(x_BSE, slot_BL, offset_BL, kernel_OED):
@@ -127,7 +128,7 @@ def main() -> None:
   table = {}
   for name, function in (
     ("dense", dense),
-    ("ours", pooling.offset_matmul),
+    ("ours", transition.offset_matmul),
     ("ragged_dot", ragged),
   ):
     table[name] = {}

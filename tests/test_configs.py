@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from aunet_jax import config as config_lib
-from aunet_jax import counts, laws, sharding
-from aunet_jax.aunet import AUNet
+from aunet_jax.aunet import counts, sharding
+from aunet_jax.aunet.network import AUNet
+from aunet_jax.scaling import laws
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 # Billions of parameters: sums over the shapes of the paper's Table 9.

@@ -1,0 +1,250 @@
+"""AU-Net, the autoregressive U-Net (arXiv 2506.14761, Section 2).
+
+    bytes ─ embed ─ contract_1 ─ pool_1 ─ contract_2 ─ pool_2 ─ … deepest
+                        │ skip               │ skip                 │
+    logits ── head ─ expand_1 ─ upsample_1 ─ expand_2 ─ upsample_2 ─┘
+
+Stage 1 holds bytes; a coarser stage holds one vector per segment of the one
+above it, taken at the segment's first position, its boundary. A boundary at
+position t has seen bytes <= t and helps predict byte t + 1 on, so nothing ever
+flows backwards in time. One stage alone is a flat byte Transformer.
+
+In the official code, contract_i, expand_i and the deepest stack are
+`encoders.(i-1)`, `decoders.(i-1)` and `trunk`; its "level" is a transition.
+
+Letters: B batch, L positions of a stage, S slots of the next coarser one, D
+width of a stage, E width of the next, V vocabulary, O offset matrices, P
+number of levels.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from aunet_jax.aunet import attention, sharding
+from aunet_jax.aunet.block import (
+  DECODE_CACHE,
+  RMSNorm,
+  Stack,
+  fan_in_init,
+  project,
+  rms_norm,
+)
+from aunet_jax.aunet.quantize import matmul, quantize
+from aunet_jax.aunet.segments import piece_starts, segment
+from aunet_jax.aunet.transition import Pool, Upsample, upsample_weights
+from aunet_jax.config import ModelConfig, with_attention
+
+
+class AUNet(nn.Module):
+  """`apply({"params": p}, bytes_BL, levels_BL, documents_BL)` gives logits."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    bytes_BL: jax.Array,
+    levels_BL: jax.Array,
+    documents_BL: jax.Array | None = None,
+    targets_BL: jax.Array | None = None,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Predicts the next byte at every position.
+
+    Args:
+      bytes_BL: int, input ids 0-257 (BOS 256).
+      levels_BL: int; level k keeps the position in stages 2 to k + 1. The
+        first position of every piece counts as deepest whatever it says.
+      documents_BL: int; equal ids that touch are one piece, which sees only
+        itself; 0 is padding. None: each row is one piece.
+      targets_BL: int, next bytes; only with the level head.
+
+    Returns:
+      logits_BLV float32; with targets_BL, also the level head's
+      level_logits_BLP float32 (level of the target byte).
+    """
+    config = self.config
+    attention.check(config.stages, sharding.platform())
+    if not config.document_mask or documents_BL is None:
+      documents_BL = jnp.ones_like(bytes_BL)
+    starts_BL = piece_starts(documents_BL)
+    levels_BL = jnp.where(
+      starts_BL, config.num_stages - 1, levels_BL.astype(jnp.int32)
+    )
+    levels_BL = jnp.where(documents_BL > 0, levels_BL, 0)
+    # Numbers of pieces, so that an id may come again further on in the row.
+    pieces_BL = jnp.cumsum(starts_BL, axis=1, dtype=jnp.int32)
+    documents_BL = jnp.where(documents_BL > 0, pieces_BL, 0)
+    dtype = jnp.dtype(config.dtype)
+    param_dtype = jnp.dtype(config.param_dtype)
+    V, D = config.vocab_size, config.stages[0].dim
+
+    embed_init = fan_in_init(D, ("vocab", "activation"))
+    embed_VD = self.param("embed", embed_init, (V, D), param_dtype)
+    x_BLD = embed_VD.astype(dtype)[bytes_BL]
+    x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "activation"))
+    x_BLD = self._stage(0, x_BLD, levels_BL, documents_BL)
+
+    h_BLD = RMSNorm(config.head_eps, param_dtype, name="norm")(x_BLD)
+    h_BLD = h_BLD if config.final_norm else x_BLD
+    head_DV = self.param(
+      "head", fan_in_init(D, ("activation", "vocab")), (D, V), param_dtype
+    )
+    logits_BLV = project(h_BLD, head_DV.astype(dtype), dtype=jnp.float32)
+    if config.level_loss_weight == 0:
+      return logits_BLV
+    level_logits_BLP = self._level_head(x_BLD, embed_VD, targets_BL)
+    return logits_BLV if targets_BL is None else (logits_BLV, level_logits_BLP)
+
+  def _stage(self, i, x_BLD, levels_BL, documents_BL):
+    """Stage i + 1 and everything below it."""
+    config = self.config
+    stage = config.stages[i]
+    if i == config.num_stages - 1:
+      x_BLD = Stack(stage, config, name="deepest")(x_BLD, documents_BL)
+      self.sow(DECODE_CACHE, f"encoded_{i + 1}", x_BLD)
+      return x_BLD
+
+    # Contracting path.
+    x_BLD = Stack(stage, config, name=f"contract_{i + 1}")(x_BLD, documents_BL)
+    skip_BLD = x_BLD
+    self.sow(DECODE_CACHE, f"encoded_{i + 1}", x_BLD)
+
+    # One vector per segment goes down. Filler slots are padding there.
+    coarse = config.stages[i + 1]
+    num_slots = min(coarse.capacity, x_BLD.shape[1])
+    segments = segment(levels_BL > 0, num_slots)
+    x_BSE = Pool(config, coarse.dim, name=f"pool_{i + 1}")(x_BLD, segments)
+    x_BSE = nn.with_logical_constraint(x_BSE, ("batch", "length", "activation"))
+
+    def take_down(values_BL):
+      values_BS = jnp.take_along_axis(values_BL, segments.index_BS, axis=1)
+      return jnp.where(segments.filled_BS, values_BS, 0)
+
+    x_BSE = self._stage(
+      i + 1, x_BSE, take_down(levels_BL) - 1, take_down(documents_BL)
+    )
+
+    # Expanding path.
+    self.sow(DECODE_CACHE, f"coarse_{i + 2}", x_BSE)
+    x_BLD = Upsample(config, stage.dim, name=f"upsample_{i + 1}")(
+      x_BSE, segments
+    )
+    # Padding before the first piece has no segment to take a vector from.
+    x_BLD = jnp.where(documents_BL[:, :, None] > 0, x_BLD, 0)
+    x_BLD = x_BLD + skip_BLD if stage.skip else x_BLD
+    x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "activation"))
+    return Stack(stage, config, name=f"expand_{i + 1}")(x_BLD, documents_BL)
+
+  def _level_head(self, x_BLD, embed_VD, targets_BL):
+    """Level of the next byte from the state before it and the byte itself."""
+    config = self.config
+    if targets_BL is None:  # parameters exist even when nothing is predicted
+      targets_BL = jnp.zeros(x_BLD.shape[:2], jnp.int32)
+    target_BLD = embed_VD.astype(x_BLD.dtype)[targets_BL]
+    h_BLD = jnp.concatenate([x_BLD, target_BLD], axis=-1)
+    param_dtype = jnp.dtype(config.param_dtype)
+    h_BLD = RMSNorm(config.head_eps, param_dtype, name="level_norm")(h_BLD)
+    width, P = h_BLD.shape[-1], config.num_stages
+    init = fan_in_init(width, ("activation", "vocab"))
+    kernel_DP = self.param("level_head", init, (width, P), param_dtype)
+    return project(h_BLD, kernel_DP.astype(h_BLD.dtype), dtype=jnp.float32)
+
+
+def init_params(config: ModelConfig, key: jax.Array):
+  """Parameters with their logical dims (boxed), for one PRNG key."""
+  # Parameters depend neither on the row, where a short one is cheap, nor on
+  # the kernel, whose devices may not be the ones at hand.
+  config = with_attention(config, "xla")
+  tokens_BL = jnp.zeros((1, 4), jnp.int32)
+  return AUNet(config).init(key, tokens_BL, tokens_BL)["params"]
+
+
+# ----- weights --------------------------------------------------------------
+
+
+def stack_names(config: ModelConfig) -> dict[str, int]:
+  """Every stack of blocks with the index of its stage."""
+  names = {}
+  for i in range(config.num_stages - 1):
+    names[f"contract_{i + 1}"] = i
+    names[f"expand_{i + 1}"] = i
+  names["deepest"] = config.num_stages - 1
+  return names
+
+
+def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
+  """Parameters as the loop wants them: in compute dtype, a list of layers.
+
+  Layers are separate arrays because slicing a stacked one copies it on every
+  step. Kernels become matrices; the O offset matrices lie side by side.
+  """
+  dtype = jnp.dtype(config.dtype)
+
+  def cast(x):
+    return x.astype(dtype)
+
+  def matrix(w_DE):
+    return quantize(w_DE) if int8 else cast(w_DE)
+
+  def layer(blocks, number):
+    blocks = jax.tree.map(lambda x: x[number], blocks)
+    attention, ffn = blocks["attention"], blocks["ffn"]
+    D, H, K = attention["query"].shape
+    G = attention["key"].shape[1]
+    qkv_DGMK = jnp.concatenate(
+      [
+        attention["query"].reshape(D, G, H // G, K),
+        attention["key"][:, :, None],
+        attention["value"][:, :, None],
+      ],
+      axis=2,
+    )
+    gate_up_DF2 = jnp.stack([ffn["gate"], ffn["up"]], axis=-1)
+    return {
+      "attention_norm": blocks["attention_norm"]["scale"],
+      "qkv": matrix(qkv_DGMK.reshape(D, -1)),
+      "out": matrix(attention["out"].reshape(-1, D)),
+      "ffn_norm": blocks["ffn_norm"]["scale"],
+      "gate_up": matrix(gate_up_DF2.reshape(D, -1)),
+      "down": matrix(ffn["down"]),
+    }
+
+  weights = {
+    "embed": cast(params["embed"]),
+    "head": matrix(params["head"]),
+    "norm": params["norm"]["scale"] if config.final_norm else None,
+  }
+  if config.level_loss_weight > 0:
+    weights["level_norm"] = params["level_norm"]["scale"]
+    weights["level_head"] = cast(params["level_head"])
+  for name, i in stack_names(config).items():
+    blocks = params[name]["blocks"]
+    layers = range(config.stages[i].num_layers)
+    weights[name] = [layer(blocks, number) for number in layers]
+  for i in range(1, config.num_stages):
+    D = config.stages[i - 1].dim
+    if config.parametric:
+      pool = params[f"pool_{i}"]
+      weights[f"pool_{i}"] = {
+        "norm": pool["norm"]["scale"],
+        "kernel": matrix(pool["kernel"]),
+      }
+    weights[f"upsample_{i}"] = upsample_weights(
+      params.get(f"upsample_{i}", {}), config, D, cast, matrix
+    )
+  return weights
+
+
+def logits(weights, config, h_CD):
+  if config.final_norm:
+    h_CD = rms_norm(h_CD, weights["norm"], config.head_eps)
+  return matmul(h_CD, weights["head"], jnp.float32)
+
+
+def predicted_level(weights, config, h_CD, byte_C):
+  """The level head's choice for a byte, from the state that predicted it."""
+  h_CD = jnp.concatenate([h_CD, weights["embed"][byte_C]], axis=-1)
+  h_CD = rms_norm(h_CD, weights["level_norm"], config.head_eps)
+  level_logits_CP = matmul(h_CD, weights["level_head"], jnp.float32)
+  return jnp.argmax(level_logits_CP, axis=-1).astype(jnp.int32)

@@ -1,0 +1,109 @@
+"""Compiles the programs of a run ahead of time, for hardware that is not here.
+
+  python -m aunet_jax.compile --config=configs/aunet2_1b.py \\
+      --topology=v5e:8x8 --config.mesh.fsdp=8
+
+Nothing runs and no accelerator is asked: the compiler is told which chips to
+compile for. What it lays out says whether the run fits their memory, what the
+chips send each other, and whether that is what the mesh should cost.
+
+  --topology=v5e:4x4     TPU slices: v4, v5e, v5p, v6e and the chips along each
+                         side of the slice (needs pip install -e '.[tpu]')
+  --topology=h100:8      one host of NVIDIA H100 (needs '.[cuda]')
+  no --topology          the devices of this machine
+
+Exit status: 0 compiled and fits, 1 does not fit, 2 bad input.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+
+from aunet_jax import config as config_lib
+from aunet_jax.aunet import sharding
+from aunet_jax.compile import programs
+from aunet_jax.compile.report import __doc__, report, table
+from aunet_jax.train import setup
+
+
+def _versions() -> dict[str, str]:
+  found = {}
+  for name in ("jax", "jaxlib", "libtpu"):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m aunet_jax.compile",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="--config=FILE and --config.a.b=VALUE choose and edit the config.",
+    allow_abbrev=False,
+  )
+  parser.add_argument("--topology", metavar="KIND:SIZE")
+  parser.add_argument(
+    "--slices", type=int, default=1, help="slices of that topology"
+  )
+  parser.add_argument(
+    "--what", choices=("train", "decode", "both"), default="train"
+  )
+  parser.add_argument(
+    "--rows", type=int, default=8, help="rows that decode (default 8)"
+  )
+  parser.add_argument(
+    "--bytes", type=int, help="history of those rows (default: a whole row)"
+  )
+  parser.add_argument(
+    "--check",
+    action="store_true",
+    help="compare FLOPs with XLA's count, from small unrolled programs",
+  )
+  parser.add_argument(
+    "--json", action="store_true", help="the last line is one JSON object"
+  )
+  args, rest = parser.parse_known_args(argv)
+  argv = sys.argv[1:] if argv is None else argv
+  try:
+    for name in ("slices", "rows", "bytes"):
+      value = getattr(args, name)
+      if value is not None and value < 1:
+        raise ValueError(f"--{name}={value} must be a positive number.")
+    config = config_lib.parse_flags(rest)
+    devices = programs.topology_devices(args.topology, args.slices)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    setup.check_batch(config, mesh)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  result = {
+    "command": shlex.join(["python", "-m", "aunet_jax.compile", *argv]),
+    "versions": _versions(),
+    "topology": args.topology,
+    "slices": args.slices,
+    **report(
+      config,
+      mesh,
+      what=("train", "decode") if args.what == "both" else (args.what,),
+      decode_rows=args.rows,
+      decode_bytes=args.bytes,
+      check=args.check,
+      say=lambda line: print(line, file=sys.stderr, flush=True),
+    ),
+  }
+  print(table(result))
+  if not result["fits"]:
+    print("error: does not fit; see above what to try.", file=sys.stderr)
+  if args.json:
+    print(json.dumps(result))
+  return 0 if result["fits"] else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,239 @@
+"""Arguments of the official code as our configuration, both ways.
+
+The official AU-Net (facebookresearch/lingua, `apps/aunet`) saves its training
+arguments as `params.json` beside a checkpoint: `model` holds the network,
+`data.regex.strategy` the splitting functions.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from aunet_jax.config import ModelConfig, StageConfig
+
+# The official `max_pos`, not an argument there.
+NUM_OFFSETS = 16
+
+
+# Tried in this order to say a feed-forward width in the official terms.
+_MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+
+
+_MULTIPLIERS = (None, *(round(0.05 * i, 2) for i in range(1, 161)))
+
+
+def _argument(arguments: Mapping, name: str, where: str = "model"):
+  if name not in arguments:
+    raise ValueError(
+      f"the official arguments have no {where}.{name}; pass the `model` part "
+      f"of the params.json that lies beside the checkpoint."
+    )
+  return arguments[name]
+
+
+def _per_stage(arguments: Mapping, name: str, count: int) -> list:
+  values = _argument(arguments, name)
+  if not isinstance(values, list | tuple) or len(values) != count:
+    raise ValueError(
+      f"model.{name}={values!r} must be a list of {count} values, one per "
+      f"{'transition' if name == 'residuals' else 'stage'}."
+    )
+  return list(values)
+
+
+def _official_ffn(dim: int, multiplier: float | None, multiple_of: int) -> int:
+  """Width of the official SwiGLU: 2/3 of 4 dim, scaled, then rounded up."""
+  width = int(2 * 4 * dim / 3)
+  if multiplier is not None:
+    width = int(multiplier * width)
+  return -(-width // multiple_of) * multiple_of
+
+
+def _capacities(max_seqlens: list, row_length: int) -> list[int]:
+  """Official `max_seqlens`, where -1 means no limit of its own."""
+  known = [n for n in max_seqlens if n is not None and n > 0]
+  capacities = []
+  for i, n in enumerate(max_seqlens):
+    if i == 0:
+      n = n if n and n > 0 else row_length
+      n = max([n, *known])  # rows are at least as long as any stage
+    elif n is None or n <= 0:
+      n = capacities[-1]
+    capacities.append(min([n, *capacities[-1:]]))
+  return capacities
+
+
+def _upsampling(pooling_type: str) -> tuple[str, bool]:
+  """(upsampling, parametric) of an official `pooling_type`."""
+  text = str(pooling_type).lower()
+  if "simple" not in text:
+    raise ValueError(
+      f"model.pooling_type={pooling_type!r} is not known; the official code's "
+      f"start with 'simple': simple, simple_repeat, simple_indexed_matmul, "
+      f"simple_non_param and combinations."
+    )
+  parametric = "non_param" not in text
+  if "indexed_matmul" in text:
+    return "multi_linear", parametric
+  return ("repeat" if "repeat" in text else "simple"), parametric
+
+
+def from_arguments(model_args: Mapping, vocab_size: int) -> ModelConfig:
+  """The float32 ModelConfig of official arguments.
+
+  Args: model_args: the `model` part of the official params.json. vocab_size:
+    rows of the embedding (the official argument may be -1).
+  Raises: ValueError naming the argument.
+  """
+  dims = _argument(model_args, "dimensions")
+  if not isinstance(dims, list | tuple) or len(dims) < 1:
+    raise ValueError(f"model.dimensions={dims!r} must be a list of widths.")
+  P = len(dims)
+  block = _argument(model_args, "block")
+  head_dims = _per_stage(model_args, "head_dims", P)
+  layers = _per_stage(model_args, "layers", P)
+  windows, skips = [None] * P, [True] * (P - 1)
+  if model_args.get("sliding_windows") is not None:
+    windows = _per_stage(model_args, "sliding_windows", P)
+  if model_args.get("residuals") is not None:
+    skips = _per_stage(model_args, "residuals", P - 1)
+  capacities = _capacities(
+    _per_stage(model_args, "max_seqlens", P), block.get("max_seqlen") or 1
+  )
+  norm_eps = float(_argument(block, "norm_eps", "model.block"))
+  head_norm_eps = float(model_args.get("norm_eps", norm_eps))
+  upsampling, parametric = _upsampling(_argument(model_args, "pooling_type"))
+  stages = tuple(
+    StageConfig(
+      dim=dims[i],
+      num_layers=layers[i],
+      head_dim=head_dims[i],
+      window=windows[i] or None,
+      capacity=capacities[i],
+      num_kv_heads=block.get("n_kv_heads"),
+      ffn_dim=_official_ffn(
+        dims[i], block.get("ffn_dim_multiplier"), block.get("multiple_of", 256)
+      ),
+      skip=bool([*skips, True][i]),
+    )
+    for i in range(P)
+  )
+  return ModelConfig(
+    stages=stages,
+    vocab_size=vocab_size,
+    upsampling=upsampling,
+    num_offsets=NUM_OFFSETS,
+    parametric=parametric,
+    rope_theta=float(_argument(block, "rope_theta", "model.block")),
+    norm_eps=norm_eps,
+    head_norm_eps=None if head_norm_eps == norm_eps else head_norm_eps,
+    document_mask=False,
+    level_loss_weight=float(model_args.get("lambda_level") or 0.0),
+    dtype="float32",
+    param_dtype="float32",
+  )
+
+
+def to_arguments(config: ModelConfig) -> dict:
+  """Official arguments of a config: the `model` part of a params.json.
+
+  Raises: ValueError where the official code has no such model.
+  """
+  stages = config.stages
+  kv_heads = {stage.num_kv_heads for stage in stages}
+  if len(kv_heads) > 1:
+    raise ValueError(
+      f"the official code has one n_kv_heads for all stages, not "
+      f"{[stage.num_kv_heads for stage in stages]}."
+    )
+  if config.upsampling != "simple" and config.num_offsets != NUM_OFFSETS:
+    raise ValueError(
+      f"num_offsets={config.num_offsets}: the official code has {NUM_OFFSETS}."
+    )
+  multiplier, multiple_of = _ffn_arguments(stages)
+  pooling_type = "simple" + ("" if config.parametric else "_non_param")
+  pooling_type += {
+    "multi_linear": "_indexed_matmul",
+    "repeat": "_repeat",
+    "simple": "",
+  }[config.upsampling]
+  windows = [stage.window for stage in stages]
+  return {
+    "dimensions": [stage.dim for stage in stages],
+    "head_dims": [stage.head_dim for stage in stages],
+    "layers": [stage.num_layers for stage in stages],
+    "sliding_windows": None if set(windows) == {None} else windows,
+    "max_seqlens": list(config.capacities),
+    "residuals": [stage.skip for stage in stages[:-1]],
+    "block": {
+      "n_kv_heads": stages[0].num_kv_heads,
+      "ffn_dim_multiplier": multiplier,
+      "multiple_of": multiple_of,
+      "norm_eps": config.norm_eps,
+      "rope_theta": config.rope_theta,
+      "max_seqlen": stages[0].capacity,
+    },
+    "pooling_type": pooling_type,
+    "vocab_size": config.vocab_size,
+    "lambda_level": config.level_loss_weight,
+    "norm_eps": config.head_eps,
+  }
+
+
+def _ffn_arguments(stages) -> tuple[float | None, int]:
+  """ffn_dim_multiplier and multiple_of that give every stage its width."""
+  for multiple_of in _MULTIPLES:
+    for multiplier in _MULTIPLIERS:
+      if all(
+        _official_ffn(stage.dim, multiplier, multiple_of) == stage.ffn
+        for stage in stages
+      ):
+        return multiplier, multiple_of
+  raise ValueError(
+    f"feed-forward widths {[stage.ffn for stage in stages]} follow no official "
+    f"ffn_dim_multiplier and multiple_of for dims "
+    f"{[stage.dim for stage in stages]}."
+  )
+
+
+# ----- splitting ------------------------------------------------------------
+
+
+def rules_from_strategy(strategy: Mapping[str, str]) -> tuple[str, ...]:
+  """Our rules for `data.regex.strategy`, such as {"word1": "1@1"}.
+
+  The official code reads what follows "@" only for a strategy named exactly
+  `word`, and so does this; there, only "@1" has a counterpart here.
+  """
+  rules = []
+  for name, value in strategy.items():
+    words, _, modulo = str(value).partition("@")
+    known = name.startswith("word") and words.isdigit()
+    if name in ("pretok", "punct"):
+      rules.append(name)
+    elif known and (name != "word" or modulo == "1"):
+      rules.append(f"word@{int(words)}")
+    else:
+      raise ValueError(
+        f"splitting strategy {name!r}: {value!r} has no counterpart here; name "
+        f"the rules yourself, one per stage after the first."
+      )
+  return tuple(rules)
+
+
+def strategy_from_rules(rules: Sequence[str]) -> dict[str, str]:
+  """Inverse of `rules_from_strategy`.
+
+  Raises: ValueError where the official code has no such rule.
+  """
+  strategy = {}
+  for rule in rules:
+    name, _, words = rule.partition("@")
+    if rule in ("pretok", "punct"):
+      strategy[rule] = "1"
+    elif name == "word" and words.isdigit():
+      strategy[f"word{words}"] = f"{words}@1"
+    else:
+      raise ValueError(
+        f"splitting rule {rule!r} is not one of the official code's: pretok, "
+        f"punct, word@1, word@2, …"
+      )
+  return strategy

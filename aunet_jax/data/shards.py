@@ -1,0 +1,192 @@
+"""Any source to shuffled shards of documents, in one pass."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from aunet_jax.data import planner, reading, sources
+
+_SAMPLE_ROWS = 2000  # rows of text that a plan is made from
+
+
+def log(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+# ----- the plan -------------------------------------------------------------
+
+
+def sample(
+  files: list[sources.Source], field: str, num_bytes: int
+) -> list[bytes]:
+  """Documents from the start of files spread over the input."""
+  order = np.random.default_rng(0).permutation(len(files))
+  share = max(num_bytes // len(files), num_bytes // 100)
+  documents, total = [], 0
+  for index in order:
+    taken = 0
+    for record in sources.read_source(files[index], field):
+      if isinstance(record, sources.Document):
+        documents.append(record.text[: share - taken])
+        taken += len(documents[-1])
+      if taken >= share:
+        break
+    total += taken
+    if total >= num_bytes:
+      break
+  return documents
+
+
+# ----- the shards -----------------------------------------------------------
+
+
+class _Split:
+  """The documents of one split, end to end in a scratch file."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    self._file = open(path, "wb")
+    self.sizes: list[int] = []
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._file.close()
+
+  def add(self, text: bytes) -> None:
+    self._file.write(text)
+    self.sizes.append(len(text))
+
+  def _read(self, numbers: np.ndarray) -> Iterator[bytes]:
+    self._file.flush()
+    sizes = np.array(self.sizes, np.int64)
+    offsets = np.cumsum(sizes) - sizes
+    with open(self.path, "rb") as text:
+      for number in numbers:
+        yield os.pread(text.fileno(), int(sizes[number]), int(offsets[number]))
+
+  def sample(self, num_bytes: int, seed: int) -> list[bytes]:
+    """Random documents of about so many bytes."""
+    documents, total = [], 0
+    order = np.random.default_rng(seed).permutation(len(self.sizes))
+    for text in self._read(order):
+      documents.append(text[: num_bytes - total])
+      total += len(documents[-1])
+      if total == num_bytes:
+        break
+    return documents
+
+  def write_shards(
+    self, directory: pathlib.Path, shard_bytes: int, seed: int
+  ) -> list[dict]:
+    """Writes the documents in a random order; returns a line per shard."""
+    from array_record.python import array_record_module
+
+    sizes = np.array(self.sizes, np.int64)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    total = int(sizes.sum())
+    count = -(-total // shard_bytes)
+    shard_of = (np.cumsum(sizes[order]) - 1) * count // total
+    directory.mkdir()
+    shards = []
+    for shard in range(count):
+      mine = order[shard_of == shard]
+      name = f"{shard:05d}-of-{count:05d}.arrayrecord"
+      writer = array_record_module.ArrayRecordWriter(
+        str(directory / name), "group_size:1"
+      )
+      for text in self._read(mine):
+        writer.write(text)
+      writer.close()
+      shards.append(
+        {
+          "file": f"{directory.name}/{name}",
+          "documents": len(mine),
+          "bytes": int(sizes[mine].sum()),
+        }
+      )
+    return shards
+
+
+def write(args: argparse.Namespace, splitter, rules: list[str]) -> dict:
+  """Makes the output directory; returns what index.json says.
+
+  Raises: ValueError where the input or the output cannot be used.
+  """
+  output = pathlib.Path(args.output)
+  if output.exists():
+    raise ValueError(f"--output={output} exists; remove it or name another.")
+  partial = output.with_name(output.name + ".partial")
+  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+  partial.mkdir(parents=True)
+  start = time.monotonic()
+  try:
+    index = _write_into(partial, args, splitter, rules)
+    partial.rename(output)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  log(f"wrote {output} in {time.monotonic() - start:.1f} s")
+  return index
+
+
+def _write_into(
+  directory: pathlib.Path, args: argparse.Namespace, splitter, rules
+) -> dict:
+  files, skips = sources.list_sources(args.input)
+  with (
+    reading.Tally(
+      directory / "skipped.jsonl", args.max_skip_fraction, log
+    ) as tally,
+    _Split(directory / "train.scratch") as train,
+    _Split(directory / "heldout.scratch") as heldout,
+  ):
+    splits = {"train": train, "heldout": heldout}
+    counters = {
+      name: planner.SegmentCounter(splitter.num_levels) for name in splits
+    }
+    for record in reading.read_all(files, skips, args.text_field, tally, log):
+      digest = reading.document_digest(record.text)
+      held = reading.is_heldout(digest, args.heldout_fraction)
+      name = "heldout" if held else "train"
+      splits[name].add(record.text)
+      counters[name].add(splitter.levels(record.text))
+    if not tally.num_good:
+      raise ValueError(f"{args.input} holds no documents to write.")
+    index = {
+      "input": args.input,
+      "seed": args.seed,
+      "rules": rules,
+      "splitter_hash": splitter.hash,
+      "skipped": dict(tally.counts),
+      "splits": {},
+    }
+    for name, split in splits.items():
+      if not split.sizes:
+        log(f"no document falls to {name}; there is no {name} directory.")
+        continue
+      log(f"writing {len(split.sizes):,} documents of {name}")
+      shards = split.write_shards(directory / name, args.shard_bytes, args.seed)
+      index["splits"][name] = {
+        "documents": len(split.sizes),
+        "bytes": sum(split.sizes),
+        "stages": counters[name].summary(rules),
+        "shards": shards,
+      }
+    index["plan"] = None
+    if sum(train.sizes) >= planner.MIN_ROWS * args.row_bytes:
+      documents = train.sample(_SAMPLE_ROWS * args.row_bytes, args.seed)
+      plan = planner.recommend(documents, splitter, args.row_bytes)
+      index["plan"] = dataclasses.asdict(plan)
+  for split in splits.values():
+    split.path.unlink()
+  (directory / "index.json").write_text(json.dumps(index, indent=2))
+  return index

@@ -1,0 +1,444 @@
+"""Cached decoding: prefill, and one jitted loop that needs no history.
+
+The forward pass (`aunet.py`) is turned round so that a loop can run it one
+byte at a time. Per row of a batch the state holds, for every stage, the keys
+and values of the last `window` positions (a ring), the encoding of its newest
+position, the newest coarse vector (already upsampled, once per offset), the
+distance to the last boundary and the splitting automaton. Nothing grows, so a
+byte costs the same whatever came before it.
+
+Rows reach boundaries at different bytes. A row is therefore always waiting for
+one *phase* of the network:
+
+  phase 0           expand_1, head, choose a byte, contract_1
+  phase i - 1       contract_i, for a middle stage i       (a boundary follows)
+  phase N - 1       the deepest stage N
+  phase 2N - 1 - i  expand_i, for a middle stage i          (on the way back)
+
+and each turn of the loop runs one phase for a block of the rows that wait for
+it. `Schedule` says how large the blocks are and how many rows a phase waits
+for; every schedule gives the same bytes (docs/generation.md has timings).
+
+`step.py` has the mathematics of one position; `prefill.py` runs the model
+itself over the prompts.
+
+Letters: B rows of the batch, C rows of a block, L positions, S positions of a
+stage, W slots of a ring, D width, E width of the next stage, H query heads, G
+key/value heads, R query heads per key/value head, K head dim, F feed-forward,
+V vocabulary, O offsets, P phases, N stages, T turns of the loop, Z splitting
+automaton states.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aunet_jax.aunet import cache, network, transition
+from aunet_jax.aunet.block import stack_step
+from aunet_jax.config import ModelConfig
+from aunet_jax.data.rows import Rows
+from aunet_jax.generate.prefill import Prefilled
+
+# (carry, logits_CV, count_C, rows_C) -> (carry, byte_C, logprob_C, stop_C)
+Choose = Callable[..., tuple[Any, jax.Array, jax.Array, jax.Array]]
+
+
+class State(NamedTuple):
+  """Everything a batch needs to go on; arrays only."""
+
+  keys: dict  # stack -> list over layers of (B, G, W, K)
+  values: dict  # as keys
+  encoded: tuple  # stage -> (B, D): its contracting path at the newest position
+  up: tuple  # transition -> (B, O, D): newest coarse vector at each offset
+  offset_BN: jax.Array  # int32 (B, N - 1): distance to the last boundary
+  position_BN: jax.Array  # int32: newest position of each stage
+  level_B: jax.Array  # int32: level of the newest byte
+  splitter_BZ: jax.Array  # int32: the splitting automaton
+  phase_B: jax.Array  # int32: what the row waits for
+  done_B: jax.Array  # bool
+  count_B: jax.Array  # int32: bytes generated so far, EOS included
+  limit_B: jax.Array  # int32: bytes to generate
+  choice: Any  # what `choose` carries
+  calls_P: jax.Array  # int32: times each phase ran
+  rows_P: jax.Array  # int32: rows that were waiting in those calls
+
+
+class Output(NamedTuple):
+  """What one call of the loop generated; row b holds `count_B[b]` entries."""
+
+  count_B: jax.Array  # int32
+  byte_BT: jax.Array  # int16, EOS included
+  level_BT: jax.Array  # int8, of the byte
+  logprob_BT: jax.Array  # float32, nats
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """How rows of a batch share calls of the network."""
+
+  byte_block: int  # rows a call of phase 0 computes
+  block: int  # rows a call of a deeper phase computes
+  wait: int  # rows that make a deeper phase run before more bytes are chosen
+
+  def blocks(self, num_phases: int) -> tuple[int, ...]:
+    """Rows a call computes, by phase."""
+    return (self.byte_block, *[self.block] * (num_phases - 1))
+
+
+def num_phases(config: ModelConfig) -> int:
+  return max(1, 2 * config.num_stages - 2)
+
+
+def make_schedule(name: str, batch: int, config: ModelConfig) -> Schedule:
+  """The schedules that are worth having; all are one at batch 1.
+
+  any: a deeper phase runs for the whole batch as soon as one row needs it.
+  sync: rows choose bytes until all of them stand at a boundary, then the
+    deeper phase runs once for all.
+  half: a deeper phase runs for up to half the batch, as soon as a phase's
+    share of the rows wait.
+  pack: a deeper phase runs for a quarter of the batch (less, from four stages
+    on), as soon as that many rows wait. Where no row can choose a byte, some
+    phase has that many, so no deeper call computes a row that does not need it.
+
+  In all of them every row that can chooses a byte when phase 0 runs.
+  """
+  P = num_phases(config)
+  half, part = -(-batch // 2), -(-batch // max(4, P - 1))
+  if name == "any":
+    return Schedule(batch, batch, 1)
+  if name == "sync":
+    return Schedule(batch, batch, batch)
+  if name == "half":
+    return Schedule(batch, half, -(-batch // P))
+  if name == "pack":
+    return Schedule(batch, part, part)
+  raise ValueError(f"schedule={name!r} must be one of any, sync, half, pack.")
+
+
+# ----- phases ---------------------------------------------------------------
+
+
+class Turn:
+  """One phase at work: reads the State, collects the rings' writes."""
+
+  def __init__(self, weights, config, keys, values, rows_C):
+    self.weights, self.config = weights, config
+    self.keys, self.values = keys, values
+    self.rows_C = rows_C
+    self.writes: dict[str, cache.Write] = {}
+
+  def take(self, x_B):
+    return cache.take(x_B, self.rows_C)
+
+  def put(self, x_B, value_C):
+    return cache.put(x_B, self.rows_C, value_C)
+
+  def run_stack(self, state, name, x_CD):
+    """One position of every row through a named stack."""
+    i = network.stack_names(self.config)[name]
+    x_CD, self.writes[name] = stack_step(
+      self.weights[name],
+      self.config.stages[i],
+      self.config,
+      self.keys[name],
+      self.values[name],
+      x_CD,
+      self.take(state.position_BN)[:, i],
+      self.rows_C,
+    )
+    return x_CD
+
+  def all_writes(self, batch, schedule):
+    """Writes for every stack, so that all phases return the same arrays."""
+    writes = {}
+    for name, rings in self.keys.items():
+      _, G, _, K = rings[0].shape
+      of_bytes = network.stack_names(self.config)[name] == 0
+      C = schedule.byte_block if of_bytes else schedule.block
+      nothing = [jnp.zeros((C, G, K), rings[0].dtype)] * len(rings)
+      nowhere_C = jnp.full((C,), batch, jnp.int32)
+      writes[name] = self.writes.get(
+        name,
+        cache.Write(nowhere_C, jnp.zeros_like(nowhere_C), nothing, nothing),
+      )
+    return writes
+
+  def expand(self, state, i):
+    """Stage i's expanding path at its newest position (1-based i)."""
+    x_CD = transition.at_offset(
+      self.config,
+      self.take(state.up[i - 1]),
+      self.take(state.offset_BN)[:, i - 1],
+    )
+    if self.config.stages[i - 1].skip:
+      x_CD += self.take(state.encoded[i - 1])
+    return self.run_stack(state, f"expand_{i}", x_CD)
+
+  def advance(self, state, i):
+    """Stage i gets a new position."""
+    position_CN = self.take(state.position_BN).at[:, i - 1].add(1)
+    return state._replace(position_BN=self.put(state.position_BN, position_CN))
+
+  def enter(self, state, i, encoded_CD):
+    """Stores stage i's encoding; the row goes deeper or starts back up."""
+    N = self.config.num_stages
+    goes_down_C = self.take(state.level_B) >= i
+    offset_CN = self.take(state.offset_BN)
+    offset_CN = offset_CN.at[:, i - 1].set(
+      jnp.where(goes_down_C, 0, offset_CN[:, i - 1] + 1)
+    )
+    back = 0 if i == 1 else 2 * N - 1 - i
+    encoded_BD = self.put(state.encoded[i - 1], encoded_CD)
+    return state._replace(
+      encoded=_set(state.encoded, i - 1, encoded_BD),
+      offset_BN=self.put(state.offset_BN, offset_CN),
+      phase_B=self.put(state.phase_B, jnp.where(goes_down_C, i, back)),
+    )
+
+  def leave(self, state, i, x_CE):
+    """Stage i is through; its vector goes up to stage i - 1."""
+    up_COD = transition.upsample(self.weights, self.config, i - 1, x_CE)
+    above = 0 if i == 2 else 2 * self.config.num_stages - i
+    phase_C = jnp.full(self.rows_C.shape, above, jnp.int32)
+    return state._replace(
+      up=_set(state.up, i - 2, self.put(state.up[i - 2], up_COD)),
+      phase_B=self.put(state.phase_B, phase_C),
+    )
+
+
+def _set(arrays: tuple, i: int, array) -> tuple:
+  return (*arrays[:i], array, *arrays[i + 1 :])
+
+
+def _byte_phase(turn: Turn, splitter_step, choose, levels, state, output):
+  """Phase 0: predict, choose and read in one byte."""
+  weights, config = turn.weights, turn.config
+  N = config.num_stages
+  h_CD = turn.take(state.encoded[0]) if N == 1 else turn.expand(state, 1)
+  count_C = turn.take(state.count_B)
+  choice, byte_C, logprob_C, stop_C = choose(
+    state.choice, network.logits(weights, config, h_CD), count_C, turn.rows_C
+  )
+  splitter_CZ, level_C = splitter_step(turn.take(state.splitter_BZ), byte_C)
+  if levels == "head":
+    level_C = network.predicted_level(weights, config, h_CD, byte_C)
+  stop_C |= count_C + 1 >= turn.take(state.limit_B)
+  at_C = turn.take(output.count_B)
+
+  def put_out(array_BT, value_C):
+    return array_BT.at[turn.rows_C, at_C].set(
+      value_C.astype(array_BT.dtype), mode="drop"
+    )
+
+  output = Output(
+    turn.put(output.count_B, at_C + 1),
+    put_out(output.byte_BT, byte_C),
+    put_out(output.level_BT, level_C),
+    put_out(output.logprob_BT, logprob_C),
+  )
+  state = state._replace(
+    choice=choice,
+    count_B=turn.put(state.count_B, count_C + 1),
+    done_B=turn.put(state.done_B, stop_C),
+    splitter_BZ=turn.put(state.splitter_BZ, splitter_CZ),
+    level_B=turn.put(state.level_B, level_C),
+  )
+  state = turn.advance(state, 1)
+  x_CD = weights["embed"][byte_C]
+  x_CD = turn.run_stack(state, "deepest" if N == 1 else "contract_1", x_CD)
+  if N == 1:
+    return state._replace(encoded=(turn.put(state.encoded[0], x_CD),)), output
+  return turn.enter(state, 1, x_CD), output
+
+
+def _contract_phase(turn: Turn, i, state, output):
+  x_CD = turn.take(state.encoded[i - 2])
+  x_CE = transition.pool(turn.weights, turn.config, i - 1, x_CD)
+  state = turn.advance(state, i)
+  x_CE = turn.run_stack(state, f"contract_{i}", x_CE)
+  return turn.enter(state, i, x_CE), output
+
+
+def _deepest_phase(turn: Turn, state, output):
+  N = turn.config.num_stages
+  x_CD = turn.take(state.encoded[N - 2])
+  x_CE = transition.pool(turn.weights, turn.config, N - 1, x_CD)
+  state = turn.advance(state, N)
+  x_CE = turn.run_stack(state, "deepest", x_CE)
+  return turn.leave(state, N, x_CE), output
+
+
+def _expand_phase(turn: Turn, i, state, output):
+  return turn.leave(state, i, turn.expand(state, i)), output
+
+
+def _phases(
+  weights, config, splitter_step, choose, levels, schedule
+) -> list[Callable]:
+  """By number; (state, output, waits_B, keys, values) to the first two and
+  the writes of every stack."""
+  N = config.num_stages
+
+  def phase(work, *arguments):
+    def run_phase(state, output, waits_B, keys, values):
+      of_bytes = work is _byte_phase
+      block = schedule.byte_block if of_bytes else schedule.block
+      rows_C = _block_rows(state, waits_B, block)
+      turn = Turn(weights, config, keys, values, rows_C)
+      state, output = work(turn, *arguments, state, output)
+      return state, output, turn.all_writes(waits_B.shape[0], schedule)
+
+    return run_phase
+
+  phases = [phase(_byte_phase, splitter_step, choose, levels)]
+  if N > 1:
+    middle = range(2, N)
+    phases += [phase(_contract_phase, i) for i in middle]
+    phases.append(phase(_deepest_phase))
+    phases += [phase(_expand_phase, i) for i in middle[::-1]]
+  return phases
+
+
+# ----- the loop -------------------------------------------------------------
+
+
+def _next_phase(state: State, schedule: Schedule, P: int):
+  """The phase to run: scalar int32, and who waits for it: bool (B,)."""
+  waits_PB = jnp.arange(P)[:, None] == state.phase_B[None]
+  waits_PB &= ~state.done_B[None]
+  count_P = waits_PB.sum(axis=1)
+  alive = count_P.sum()
+  ready_P = (count_P >= jnp.minimum(schedule.wait, alive)) & (count_P > 0)
+  # The last phase that is ready brings rows back to bytes soonest; if none
+  # is, choosing bytes makes more rows wait below.
+  phase = jnp.where(
+    ready_P.any(),
+    P - 1 - jnp.argmax(ready_P[::-1]),
+    jnp.where(count_P[0] > 0, 0, jnp.argmax(count_P)),
+  )
+  return phase, waits_PB[phase]
+
+
+def _block_rows(state, waits_B, block):
+  """int32 (C,): rows that wait, those with fewest bytes first; B = none."""
+  B = waits_B.shape[0]
+  row_B = jnp.arange(B, dtype=jnp.int32)
+  if block == B:
+    return jnp.where(waits_B, row_B, B)
+  last = jnp.iinfo(jnp.int32).max
+  order_C = jnp.argsort(jnp.where(waits_B, state.count_B, last))[:block]
+  return jnp.where(waits_B[order_C], order_C, B).astype(jnp.int32)
+
+
+def _write(rings: list, write: cache.Write, entries: list) -> list:
+  return [
+    cache.put_slot(ring_BGWK, write.rows_C, write.slot_C, entry_CGK)
+    for ring_BGWK, entry_CGK in zip(rings, entries, strict=True)
+  ]
+
+
+def run(
+  weights: dict,
+  state: State,
+  num_turns: jax.Array,
+  *,
+  config: ModelConfig,
+  splitter_step: Callable,
+  choose: Choose,
+  schedule: Schedule,
+  max_turns: int,
+  levels: str = "rule",
+) -> tuple[State, Output]:
+  """Generates until every row is done or `num_turns` phases have run.
+
+  Args: num_turns: int32 scalar, at most `max_turns` (static, the size of the
+    output). choose: picks a byte per row; see `sampling.make_choose`. levels:
+    what gives a chosen byte its level: the splitting "rule" or the model's
+    level "head".
+  """
+  phases = _phases(weights, config, splitter_step, choose, levels, schedule)
+  P = len(phases)
+  B = state.done_B.shape[0]
+  block_P = jnp.array(schedule.blocks(P), jnp.int32)
+  output = Output(
+    jnp.zeros((B,), jnp.int32),
+    jnp.zeros((B, max_turns), jnp.int16),
+    jnp.zeros((B, max_turns), jnp.int8),
+    jnp.zeros((B, max_turns), jnp.float32),
+  )
+
+  def unfinished(carry):
+    turn, state, _ = carry
+    return (turn < num_turns) & ~state.done_B.all()
+
+  def turn(carry):
+    turn, state, output = carry
+    phase, waits_B = _next_phase(state, schedule, P)
+    num_rows = jnp.minimum(waits_B.sum(dtype=jnp.int32), block_P[phase])
+    state = state._replace(
+      calls_P=state.calls_P.at[phase].add(1),
+      rows_P=state.rows_P.at[phase].add(num_rows),
+    )
+    keys, values = state.keys, state.values
+    small = state._replace(keys={}, values={})
+    if P == 1:
+      small, output, writes = phases[0](small, output, waits_B, keys, values)
+    else:
+      small, output, writes = jax.lax.switch(
+        phase, phases, small, output, waits_B, keys, values
+      )
+    state = small._replace(
+      keys={
+        name: _write(keys[name], write, write.keys)
+        for name, write in writes.items()
+      },
+      values={
+        name: _write(values[name], write, write.values)
+        for name, write in writes.items()
+      },
+    )
+    return turn + 1, state, output
+
+  carry = (jnp.zeros((), jnp.int32), state, output)
+  _, state, output = jax.lax.while_loop(unfinished, turn, carry)
+  return state, output
+
+
+# ----- starting -------------------------------------------------------------
+
+
+def start(
+  prefilled: Prefilled, rows: Rows, limit_B: np.ndarray, choice: Any, P: int
+) -> State:
+  """The state in which every row waits to choose its first byte.
+
+  Phase 0 then repeats the last prompt position's expanding path, which writes
+  the keys and values it already wrote.
+  """
+  B = rows.counts_BN.shape[0]
+
+  def zeros(size):  # each its own buffer: the loop takes them over
+    return jnp.zeros((size,), jnp.int32)
+
+  return State(
+    keys=prefilled.keys,
+    values=prefilled.values,
+    encoded=prefilled.encoded,
+    up=prefilled.up,
+    offset_BN=jnp.asarray(rows.offset_BN),
+    position_BN=jnp.asarray(rows.counts_BN) - 1,
+    level_B=zeros(B),
+    splitter_BZ=jnp.asarray(rows.splitter_BZ),
+    phase_B=zeros(B),
+    done_B=jnp.asarray(limit_B <= 0),
+    count_B=zeros(B),
+    limit_B=jnp.asarray(limit_B, jnp.int32),
+    choice=choice,
+    calls_P=zeros(P),
+    rows_P=zeros(P),
+  )

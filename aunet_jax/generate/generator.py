@@ -1,0 +1,399 @@
+"""Text from a trained AU-Net: prompts in, completions out.
+
+  generator = Generator.from_workdir("runs/quickstart")
+  for completion in generator.generate([b"def main"], max_bytes=200):
+    print(completion.text)
+
+Rows of a batch are independent: prompts may differ in length, and what a row
+draws depends on its seed, its sample number and the byte's index alone.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from aunet_jax.aunet import network, quantize, sharding
+from aunet_jax.config import ModelConfig, position_limit, with_capacities
+from aunet_jax.data.rows import Rows, make_rows
+from aunet_jax.generate import decode, prefill, sampling
+from aunet_jax.generate.decode import Output, State
+from aunet_jax.generate.sampling import Sampling
+from aunet_jax.generate.streaming import OnText, RowText, hand_out
+
+# Phases per call of the compiled loop: a call returns to Python, which can
+# then notice Ctrl-C and hand out text.
+MAX_TURNS = 128
+
+
+STREAM_TURNS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+  """What one row generated.
+
+  `reason` is "eos" (the document ended), "stop" (a stop string came; it is
+  not part of `data`), "length" (max_bytes) or "interrupted" (Ctrl-C).
+  """
+
+  prompt: bytes
+  data: bytes
+  logprobs: np.ndarray  # float32: the model's nats for each byte of `data`
+  levels: np.ndarray  # int8: level of each byte of `data`
+  prompt_logprobs: np.ndarray  # float32, for each byte of `prompt`
+  prompt_levels: np.ndarray  # int8
+  reason: str
+
+  @property
+  def text(self) -> str:
+    return self.data.decode("utf-8", errors="replace")
+
+
+class Stats(NamedTuple):
+  """Work of one `generate`, summed over rows."""
+
+  num_bytes: int  # generated, EOS included
+  slots: tuple[float, ...]  # row-slots computed per stage, padding included
+  needed: tuple[float, ...]  # of them, slots a row was waiting for
+
+  def slots_per_byte(self) -> tuple[float, ...]:
+    return tuple(slots / max(1, self.num_bytes) for slots in self.slots)
+
+  def needed_per_byte(self) -> tuple[float, ...]:
+    return tuple(needed / max(1, self.num_bytes) for needed in self.needed)
+
+
+def default_schedule(batch: int, mesh: Mesh | None) -> str:
+  """The fastest schedule where docs/generation.md has measured it."""
+  if batch == 1:
+    return "any"
+  if mesh is not None and mesh.shape["data"] > 1:
+    return "sync"  # the others move rows from device to device
+  return "pack" if batch >= 32 else "half"  # blocks of few rows are slow
+
+
+_prefill = jax.jit(prefill.prefill, static_argnames=("config", "rings"))
+
+
+run_program = jax.jit(
+  decode.run,
+  static_argnames=(
+    "config",
+    "splitter_step",
+    "choose",
+    "schedule",
+    "max_turns",
+    "levels",
+  ),
+  donate_argnames="state",
+)
+
+
+@jax.jit
+def _next_logprobs(logits_BLV, bytes_BL):
+  """Log-probability of each byte after position 0, (B, L - 1)."""
+  logprob_BLV = jax.nn.log_softmax(logits_BLV[:, :-1], axis=-1)
+  next_BL1 = bytes_BL[:, 1:, None]
+  return jnp.take_along_axis(logprob_BLV, next_BL1, axis=2)[:, :, 0]
+
+
+def state_shardings(state: State, mesh: Mesh) -> State:
+  """Rows over `data`, heads over `tensor`; of arrays or their shapes.
+
+  Not over `fsdp`: with rows on both axes, XLA's partitioner (jax 0.10.2, CPU)
+  compiles the loop to one that mixes rows up.
+  """
+  batch = state.done_B.shape[0]
+  rows = None if batch % mesh.shape["data"] else "data"
+
+  def place(x):
+    if x.ndim == 0 or x.shape[0] != batch:
+      spec = PartitionSpec()
+    elif x.ndim == 4 and x.shape[1] % mesh.shape["tensor"] == 0:
+      spec = PartitionSpec(rows, "tensor")
+    else:
+      spec = PartitionSpec(rows)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree.map(place, state)
+
+
+class Generator:
+  """A model made ready to generate; compiled programs are kept and shared.
+
+  Args:
+    config: the model's. params: unboxed, as `aunet_jax.load` gives them.
+    splitter: of the model's rules.
+    mesh: where params live; None = one device.
+    int8: keep matrices as int8 (see `quantize`).
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: dict,
+    splitter,
+    *,
+    mesh: Mesh | None = None,
+    int8: bool = False,
+  ):
+    self.config = config
+    self.splitter = splitter
+    self.mesh = mesh
+    self._step = splitter.step  # one object: programs are found again by it
+    with self._context():
+      self.weights = jax.jit(
+        functools.partial(network.make_weights, config=config, int8=int8)
+      )(params)
+      self.params = params
+      if int8:
+        self.params = quantize.round_params(params, config.upsampling)
+
+  @classmethod
+  def from_workdir(cls, workdir, *, mesh=None, int8=False) -> "Generator":
+    """Raises: CheckpointError where the workdir holds no model, ValueError
+    where that model reads tokens."""
+    from aunet_jax.workdir import load
+
+    loaded = load.load(workdir, mesh)
+    if loaded.tokenizer is not None:
+      raise ValueError(
+        f"{workdir} holds a model of tokens, a baseline for bits per byte; "
+        f"only models of bytes can generate. Evaluate it with "
+        f"python -m aunet_jax.evaluate."
+      )
+    return cls(
+      loaded.config.model,
+      loaded.params,
+      loaded.splitter,
+      mesh=mesh,
+      int8=int8,
+    )
+
+  @contextlib.contextmanager
+  def _context(self):
+    if self.mesh is None:
+      yield
+    else:
+      with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+        yield
+
+  def _check(self, prompts, max_bytes, max_positions) -> None:
+    if not prompts:
+      raise ValueError("there is no prompt; give at least one (b'' is one).")
+    for prompt in prompts:
+      if not isinstance(prompt, bytes):
+        raise ValueError(
+          f"prompt {prompt!r} is a {type(prompt).__name__}; prompts are "
+          f"bytes: use text.encode()."
+        )
+    if max_bytes < 1:
+      raise ValueError(f"max_bytes={max_bytes} must be at least 1.")
+    limit = max_positions or position_limit(self.config)
+    longest = max(len(prompt) for prompt in prompts) + 1
+    if limit is None:
+      return
+    if longest > limit:
+      raise ValueError(
+        f"a prompt of {longest - 1} bytes is longer than the {limit - 1} this "
+        f"model has positions for; shorten it, or set max_positions."
+      )
+    if longest + max_bytes > limit:
+      raise ValueError(
+        f"a prompt of {longest - 1} bytes and max_bytes={max_bytes} need "
+        f"{longest + max_bytes} positions; the model was trained on {limit}: "
+        f"set max_bytes to at most {limit - longest}, or set max_positions."
+      )
+
+  def _check_levels(self, levels) -> None:
+    if levels not in ("rule", "head"):
+      raise ValueError(f'levels={levels!r} must be "rule" or "head".')
+    if levels == "head" and self.config.level_loss_weight == 0:
+      raise ValueError(
+        'levels="head" needs a model with a level head; this one was trained '
+        "with model.level_loss_weight=0. Leave levels out, or train with a "
+        "weight above 0."
+      )
+
+  def _start(self, prompts, num_samples, seeds, max_bytes, stop, settings):
+    """Prefills and gives (State, Rows, prompt logprobs), one row a sample."""
+    config = self.config
+    rows = make_rows(prompts, self.splitter, config.num_stages)
+    rings = prefill.ring_sizes(config, rows.capacities, max_bytes)
+    prefilled, logits_BLV = _prefill(
+      self.params,
+      self.weights,
+      rows.bytes_BL,
+      rows.levels_BL,
+      rows.documents_BL,
+      rows.counts_BN,
+      config=with_capacities(config, rows.capacities),
+      rings=rings,
+    )
+    logprobs_BL = np.asarray(_next_logprobs(logits_BLV, rows.bytes_BL))
+    if num_samples > 1:
+      prefilled = jax.tree.map(
+        lambda x: jnp.repeat(x, num_samples, axis=0), prefilled
+      )
+    rows = Rows(*(np.repeat(x, num_samples, axis=0) for x in rows))
+    numbers = np.tile(np.arange(num_samples), len(prompts))
+    choice = sampling.make_choice(
+      settings,
+      [prompt for prompt in prompts for _ in range(num_samples)],
+      np.repeat(seeds, num_samples),
+      numbers,
+      stop,
+    )
+    limit_B = np.full((len(numbers),), max_bytes, np.int32)
+    state = decode.start(
+      prefilled, rows, limit_B, choice, decode.num_phases(config)
+    )
+    return state, rows, np.repeat(logprobs_BL, num_samples, axis=0)
+
+  def generate(
+    self,
+    prompts: Sequence[bytes],
+    *,
+    max_bytes: int = 200,
+    settings: Sampling = Sampling(),  # noqa: B008 (frozen)
+    num_samples: int = 1,
+    seed: int | Sequence[int] = 0,
+    stop: Sequence[bytes] = (),
+    on_text: OnText | None = None,
+    schedule: str | None = None,
+    levels: str = "rule",
+    max_positions: int | None = None,
+    on_stats: Callable[[Stats], None] | None = None,
+  ) -> list[Completion]:
+    """Continues every prompt `num_samples` times.
+
+    Args:
+      prompts: bytes; b"" starts a document.
+      seed: one for all, or one per prompt. Equal seeds and sample numbers give
+        equal noise, so equal prompts with one seed give equal text.
+      stop: strings that end a row; they are cut off.
+      on_text: called with (row, text) as text comes, never in the middle of
+        a character or of a stop string. Row = prompt * num_samples + sample.
+      schedule: any, sync, half or pack (`decode.make_schedule`); None picks.
+      levels: what gives generated bytes their levels: the splitting "rule" or
+        the model's level "head" (trained with level_loss_weight > 0). The
+        prompt's levels are the rule's either way.
+      max_positions: bytes a text may reach, over the model's own limit.
+      on_stats: called once with the work done.
+
+    Returns: completions in row order. Ctrl-C ends the loop early and returns
+      what there is, with reason "interrupted".
+    Raises: ValueError for a setting or prompt that cannot be.
+    """
+    prompts = list(prompts)
+    self._check(prompts, max_bytes, max_positions)
+    self._check_levels(levels)
+    if num_samples < 1:
+      raise ValueError(f"num_samples={num_samples} must be at least 1.")
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+      raise ValueError(
+        f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one "
+        f"for each, or one for all."
+      )
+    batch = len(prompts) * num_samples
+    plan = decode.make_schedule(
+      schedule or default_schedule(batch, self.mesh),
+      batch,
+      self.config,
+    )
+    with self._context():
+      state, rows, prompt_logprobs_BL = self._start(
+        prompts, num_samples, seeds, max_bytes, stop, settings
+      )
+      state = (
+        state
+        if self.mesh is None
+        else jax.device_put(state, state_shardings(state, self.mesh))
+      )
+      texts = [RowText(stop) for _ in range(batch)]
+      work = jax.device_get(work_of(state))
+      with contextlib.suppress(KeyboardInterrupt):
+        for output, work in self._loop(
+          state, plan, levels, on_text is not None
+        ):
+          hand_out(texts, output, work.done_B, on_text)
+    if on_stats is not None:
+      on_stats(make_stats(work, plan, self.config))
+    completions = []
+    for b, text in enumerate(texts):
+      prompt = prompts[b // num_samples]
+      size = len(prompt)
+      completions.append(
+        Completion(
+          prompt=prompt,
+          data=bytes(text.data),
+          logprobs=np.array(text.logprobs[: len(text.data)], np.float32),
+          levels=np.array(text.levels[: len(text.data)], np.int8),
+          prompt_logprobs=prompt_logprobs_BL[b, :size],
+          prompt_levels=rows.levels_BL[b, 1 : size + 1],
+          reason=text.reason or "interrupted",
+        )
+      )
+    return completions
+
+  def _loop(
+    self, state, plan, levels, streams
+  ) -> Iterator[tuple[Output, "Work"]]:
+    turns = jnp.int32(STREAM_TURNS if streams else MAX_TURNS)
+    while True:
+      state, output = run_program(
+        self.weights,
+        state,
+        turns,
+        config=self.config,
+        splitter_step=self._step,
+        choose=sampling.choose,
+        schedule=plan,
+        max_turns=MAX_TURNS,
+        levels=levels,
+      )
+      output, work = jax.device_get((output, work_of(state)))
+      yield output, work
+      if work.done_B.all():
+        return
+
+
+class Work(NamedTuple):
+  """Counters of a State, on the host."""
+
+  done_B: np.ndarray
+  count_B: np.ndarray
+  calls_P: np.ndarray
+  rows_P: np.ndarray
+
+
+def work_of(state: State) -> Work:
+  return Work(state.done_B, state.count_B, state.calls_P, state.rows_P)
+
+
+def make_stats(
+  work: Work, schedule: decode.Schedule, config: ModelConfig
+) -> Stats:
+  """Slots per stage; a middle stage's two paths count half each."""
+  N = config.num_stages
+
+  def per_stage(of_phase):
+    slots = [of_phase[i] for i in range(N)]
+    for i in range(1, N - 1):  # contracts in phase i, expands in 2N - 2 - i
+      slots[i] = (slots[i] + of_phase[2 * N - 2 - i]) / 2
+    return tuple(float(x) for x in slots)
+
+  return Stats(
+    num_bytes=int(work.count_B.sum()),
+    slots=per_stage(work.calls_P * schedule.blocks(len(work.calls_P))),
+    needed=per_stage(work.rows_P),
+  )

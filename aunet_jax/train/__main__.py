@@ -1,0 +1,224 @@
+"""Train an AU-Net, or continue a run that stopped.
+
+  python -m aunet_jax.train --config=configs/quickstart.py --workdir=runs/demo
+
+Run the same command again after any interruption: it continues from the newest
+checkpoint, on the same bytes in the same order.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+from pathlib import Path
+
+import jax
+
+from aunet_jax import config as config_lib
+from aunet_jax import terminal
+from aunet_jax.evaluate import bits_per_byte
+from aunet_jax.generate.generator import Generator
+from aunet_jax.generate.sampling import Sampling
+from aunet_jax.terminal import EXIT_FAILED, EXIT_STOPPED
+from aunet_jax.train import metrics
+from aunet_jax.train.cluster import join_cluster
+from aunet_jax.train.loop import TrainingError, parse_steps, run
+from aunet_jax.train.setup import Setup, prepare
+from aunet_jax.workdir import layout
+from aunet_jax.workdir.layout import lock_workdir
+
+MAX_COMPRESSED_BYTES = 64 << 20  # xz -9 takes about a second per megabyte
+
+
+HELP = """any setting of the config can be changed on the command line:
+
+  --config.train.num_steps=500          run shorter
+  --config.data.train='books/*.txt'     your own text: file, directory or glob
+  --config.model.stages[1].dim=256      a wider second stage
+  --config.mesh.fsdp=4                  split parameters over four devices
+
+the workdir then holds config.json, checkpoints/, metrics.jsonl, tensorboard/
+and loss_curve.png. Exit status: 0 finished, 2 bad input, 1 the run failed,
+75 stopped by a signal with everything saved (run the same command again).
+"""
+
+
+# ----- after the last step --------------------------------------------------
+
+
+def summarise(setup: Setup) -> None:
+  """Draws the loss curve and prints how the run ended."""
+  config, workdir, log = setup.config, setup.workdir, setup.log
+  rows = layout.read_rows(workdir / layout.METRICS_FILE)
+  log.say(f"loss curve: {metrics.draw_loss_curve(workdir)}")
+  logged = [row for row in rows if "bytes_per_second" in row]
+  if logged:
+    middle = statistics.median(row["bytes_per_second"] for row in logged)
+    waiting = statistics.median(row["data_wait_share"] for row in logged)
+    log.say(
+      f"speed: {terminal.si(middle)}B/s of text, {100 * waiting:.2f}% of the "
+      f"time spent making batches (medians over logged steps)"
+    )
+  heldout = [row for row in rows if "heldout_bits_per_byte" in row]
+  if heldout:
+    log.say(
+      f"held-out text: {heldout[-1]['heldout_bits_per_byte']:.3f} bits per "
+      f"byte ({heldout[-1]['heldout_bytes']:,} bytes, step "
+      f"{heldout[-1]['step']})"
+    )
+    whole = heldout[-1]["heldout_bytes"] == setup.heldout.num_bytes
+    if whole and setup.heldout.num_bytes <= MAX_COMPRESSED_BYTES:
+      packed = bits_per_byte.compressor_bits_per_byte(setup.heldout)
+      log.say(
+        "the same text packed: "
+        + ", ".join(f"{name} {bpb:.3f}" for name, bpb in packed.items())
+        + " bits per byte"
+      )
+  if config.train.sample_bytes:
+    print_sample(setup)
+
+
+def print_sample(setup: Setup) -> None:
+  """Shows what the model writes; a fixed seed, so runs can be compared."""
+  config = setup.config.train
+  if jax.process_count() > 1:  # one process cannot read a sharded model alone
+    setup.log.say("sample: python -m aunet_jax.generate shows one.")
+    return
+  if setup.config.data.tokenizer is not None:
+    setup.log.say("sample: none; only models of bytes can generate.")
+    return
+  generator = Generator.from_workdir(setup.workdir)
+  prompt = config.sample_prompt.encode()
+  room = setup.config.model.capacities[0] - len(prompt) - 1
+  (completion,) = generator.generate(
+    [prompt],
+    max_bytes=min(config.sample_bytes, room),
+    settings=Sampling(temperature=0.8, top_p=0.95),
+  )
+  setup.log.say(
+    f"sample (temperature 0.8, top_p 0.95):\n{'-' * 72}\n"
+    f"{config.sample_prompt}{completion.text}\n{'-' * 72}"
+  )
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m aunet_jax.train",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    epilog=HELP,
+  )
+  parser.add_argument(
+    "--workdir", required=True, help="where checkpoints and logs go"
+  )
+  parser.add_argument(
+    "--config", required=True, metavar="FILE", help="a file of configs/"
+  )
+  parser.add_argument(
+    "--profile",
+    metavar="FIRST:LAST",
+    help="record these steps into WORKDIR/profile, for TensorBoard and xprof",
+  )
+  hosts = parser.add_argument_group("several hosts or processes")
+  hosts.add_argument(
+    "--multihost",
+    action="store_true",
+    help="join the other hosts as TPU VMs, GKE and SLURM describe them",
+  )
+  hosts.add_argument(
+    "--coordinator", metavar="HOST:PORT", help="process 0, named by hand"
+  )
+  hosts.add_argument(
+    "--num_processes", type=int, help="start only with this many processes"
+  )
+  hosts.add_argument("--process_id", type=int, help="this one, from 0")
+  hosts.add_argument(
+    "--start_timeout",
+    type=int,
+    default=300,
+    metavar="SECONDS",
+    help="how long to wait for the other processes (default 300)",
+  )
+  hosts.add_argument(
+    "--heartbeat_timeout",
+    type=int,
+    default=100,
+    metavar="SECONDS",
+    help="how long a process may be silent before the others end (default 100)",
+  )
+  args, overrides = parser.parse_known_args(argv)
+  workdir = Path(args.workdir)
+  with contextlib.ExitStack() as open_things:
+    try:
+      profile = parse_steps(args.profile)
+      join_cluster(
+        args.multihost,
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        args.start_timeout,
+        args.heartbeat_timeout,
+      )
+      config = config_lib.parse_flags([f"--config={args.config}", *overrides])
+      open_things.enter_context(lock_workdir(workdir))
+      setup = prepare(config, workdir)
+    except (ValueError, layout.CheckpointError) as error:
+      print(f"error: {error}", file=sys.stderr)
+      return 2
+    except OSError as error:  # a missing process, a full disk: may pass
+      print(f"error: {error}", file=sys.stderr)
+      return EXIT_FAILED
+    open_things.callback(setup.log.close)
+    open_things.callback(setup.loader.close)
+    return train(setup, profile)
+
+
+def train(setup: Setup, profile: tuple[int, int] | None = None) -> int:
+  """Runs, and says how it ended; returns the exit status."""
+  try:
+    stopped_by = run(setup, profile)
+  except (TrainingError, OSError, layout.CheckpointError) as error:
+    print(f"\nerror: {error}", file=sys.stderr)
+    if isinstance(error, OSError):
+      print(
+        "When that is mended, run the same command again to continue from "
+        f"checkpoint {setup.saver.latest_step()}.",
+        file=sys.stderr,
+      )
+    with contextlib.suppress(layout.CheckpointError):
+      setup.saver.wait()  # a save that began before may still be whole
+    return EXIT_FAILED
+  except KeyboardInterrupt:  # a second signal: leave at once
+    newest = setup.saver.latest_step()
+    print(f"\nstopped; the newest checkpoint is {newest}.", file=sys.stderr)
+    return 130
+  if stopped_by:
+    setup.log.say(
+      f"stopped by {stopped_by}; everything is saved. Run the same command "
+      f"to continue."
+    )
+    return EXIT_STOPPED
+  if jax.process_index() == 0:
+    summarise(setup)
+  return 0
+
+
+def say_failed_saves_once() -> None:
+  """Keeps the writes that a failed save leaves under way from reporting it.
+
+  Orbax closes its event loop at the first failure, which `save` and `wait`
+  raise; every other write then prints that the loop is closed.
+  """
+  others = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      others(unraisable)
+
+  sys.unraisablehook = hook
+
+
+if __name__ == "__main__":
+  say_failed_saves_once()
+  sys.exit(main())

@@ -1,0 +1,246 @@
+"""Everything before the first step: config, data, checkpoint, log."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import optax
+
+from aunet_jax.aunet import attention, sharding
+from aunet_jax.config import Config
+from aunet_jax.data.loader import Corpus, Loader, make_loader, open_corpora
+from aunet_jax.data.tokenizer import Tokenizer
+from aunet_jax.splitting.splitter import Splitter
+from aunet_jax.train import metrics, optimizer, state
+from aunet_jax.train.cluster import keep_compiled_programs
+from aunet_jax.train.state import TrainState
+from aunet_jax.workdir import checkpoints, layout, load
+
+# Settings that do not change what is learned from which bytes. Everything
+# else must equal the workdir's own config when a run continues.
+FREE_FIELDS = (
+  "mesh.",
+  "checkpoint.",
+  "data.cache_dir",
+  "data.num_workers",
+  "data.tokenizer",  # its content is compared, wherever the file is
+  "data.max_skip_fraction",
+  "train.log_every_steps",
+  "train.eval_every_steps",
+  "train.eval_bytes",
+  "train.sample_",
+  "train.tensorboard",
+  "train.grad_accumulation",
+  "train.max_nonfinite_steps",
+  "train.max_roll_backs",
+  "train.spike_sigmas",
+  "model.unroll_layers",
+)
+FREE_STAGE_FIELDS = ("remat", "attention")
+
+
+def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises: ValueError where rows do not divide over devices."""
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = config.train.batch_size // config.train.grad_accumulation
+  if rows % shards:
+    raise ValueError(
+      f"train.batch_size={config.train.batch_size} in "
+      f"{config.train.grad_accumulation} microbatches gives {rows} rows, which "
+      f"do not divide over {shards} devices (mesh data="
+      f"{mesh.shape['data']}, fsdp={mesh.shape['fsdp']}); use a batch_size "
+      f"that is a multiple of {shards * config.train.grad_accumulation}."
+    )
+
+
+def check_workdir(workdir: Path, config: Config, step: int | None, say) -> None:
+  """Refuses a workdir that another config made, once it has a checkpoint.
+
+  A converted model has no training to continue: there only `model` must agree.
+
+  Args: step: of the checkpoint to go on from; None where there is none.
+  Raises: ValueError naming every field that differs.
+  """
+  if not (workdir / layout.CONFIG_FILE).exists():
+    return
+  old = layout.read_config(workdir)
+  forbidden, allowed = changed_fields(old, config)
+  if step is None:
+    allowed, forbidden = forbidden + allowed, []
+  elif layout.is_converted(workdir, step):
+    allowed += [line for line in forbidden if not line.startswith("model.")]
+    forbidden = [line for line in forbidden if line.startswith("model.")]
+  if forbidden:
+    raise ValueError(
+      f"{workdir} holds a run with another config; use another --workdir, or "
+      "undo these changes:\n  " + "\n  ".join(forbidden)
+    )
+  for line in allowed:
+    say(f"changed since the last start: {line}")
+
+
+def open_tokenizer(config: Config) -> Tokenizer | None:
+  """The tokenizer of a config; None where it reads bytes.
+
+  Raises: ValueError where the model has another vocabulary.
+  """
+  if config.data.tokenizer is None:
+    return None
+  tokenizer = Tokenizer(config.data.tokenizer)
+  if config.model.vocab_size != tokenizer.vocab_size:
+    raise ValueError(
+      f"model.vocab_size={config.model.vocab_size}, but data.tokenizer="
+      f"{config.data.tokenizer!r} has {tokenizer.size} tokens and BOS and EOS; "
+      f"set model.vocab_size={tokenizer.vocab_size}."
+    )
+  return tokenizer
+
+
+class Setup(NamedTuple):
+  """A run ready for its next step."""
+
+  config: Config
+  workdir: Path
+  mesh: jax.sharding.Mesh
+  tx: optax.GradientTransformation
+  train_state: TrainState
+  shardings: TrainState
+  loader: Loader
+  heldout: Corpus | None
+  saver: checkpoints.Checkpointer
+  log: metrics.Log
+  interval: metrics.Interval
+  identity: dict  # hashes stored in every checkpoint
+
+
+def prepare(config: Config, workdir: Path) -> Setup:
+  """Opens data and workdir, and restores what is there.
+
+  Order of a resume: 1. the newest whole checkpoint is chosen; 2. the config is
+  compared with the workdir's; 3. the data opens; 4. the checkpoint is restored;
+  5. its splitting tables, tokenizer and data are compared; 6. the data iterator
+  is set; 7. config.json is written; 8. the log loses its rows past the restored
+  step.
+
+  Raises: ValueError, CheckpointError.
+  """
+  is_main = jax.process_index() == 0
+
+  def say(line):
+    if is_main:
+      print(line, flush=True)
+
+  keep_compiled_programs()
+  mesh = sharding.make_mesh(config.mesh)
+  check_batch(config, mesh)
+  say(attention.describe(config.model.stages, sharding.platform(mesh)))
+  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  splitter = Splitter(config.model.rules)
+  tokenizer = open_tokenizer(config)
+  newest = checkpoints.choose(workdir, say)
+  check_workdir(workdir, config, newest, say)
+
+  cache = config.data.cache_dir
+  corpus, heldout = open_corpora(
+    config.data,
+    splitter,
+    config.model.capacities,
+    cache_dir=workdir / "data" if cache is None else Path(cache),
+    log=say,
+  )
+  loader = make_loader(
+    corpus,
+    seed=config.seed,
+    batch_size=config.train.batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_workers=config.data.num_workers,
+  )
+
+  saver = checkpoints.Checkpointer(workdir, config.checkpoint.keep)
+  abstract, shardings = state.abstract_state(config.model, tx, mesh)
+  identity = {
+    "splitter_hash": splitter.hash,
+    "data_fingerprint": corpus.fingerprint,
+    "tokenizer_hash": None if tokenizer is None else tokenizer.hash,
+  }
+  if newest is None:
+    train_state = state.create_state(config.model, tx, mesh, config.seed)
+    saved = {}
+  else:
+    train_state, host = saver.restore(newest, abstract, shardings)
+    load.check_splitter(host, splitter)
+    if train_state.opt_state is not None:
+      load.check_tokenizer(host, tokenizer)
+    if train_state.opt_state is None:  # a converted model: training is new
+      train_state = state.with_params(
+        train_state.params, config.model, tx, mesh
+      )
+      saved = {}
+    else:
+      saved = host
+      if saved["data_fingerprint"] != corpus.fingerprint:
+        raise ValueError(
+          f"the data under data.train={config.data.train!r} is not what "
+          f"{workdir} was trained on (fingerprint {corpus.fingerprint}, the "
+          f"checkpoint has {saved['data_fingerprint']}): files were added, "
+          f"removed or edited. Restore them or use another --workdir."
+        )
+      loader.set_state(saved["loader"])
+      say(f"continuing from checkpoint {int(train_state.step)}")
+  if is_main:
+    layout.write_config(workdir, config)
+    if tokenizer is not None:
+      content = Path(tokenizer.path).read_bytes()
+      (workdir / layout.TOKENIZER_FILE).write_bytes(content)
+  log = metrics.Log(workdir, config, int(train_state.step), is_main)
+  return Setup(
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    tx=tx,
+    train_state=train_state,
+    shardings=shardings,
+    loader=loader,
+    heldout=heldout,
+    saver=saver,
+    log=log,
+    interval=metrics.Interval(saved.get("interval")),
+    identity=identity,
+  )
+
+
+# ----- config.json ----------------------------------------------------------
+
+
+def _flatten(value, path="") -> dict[str, object]:
+  if isinstance(value, dict):
+    items = [(f"{path}.{key}" if path else key, v) for key, v in value.items()]
+  elif isinstance(value, list | tuple) and "stages" in path:
+    items = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+  else:
+    return {path: list(value) if isinstance(value, tuple) else value}
+  return {k: v for key, item in items for k, v in _flatten(item, key).items()}
+
+
+def changed_fields(old: Config, new: Config) -> tuple[list[str], list[str]]:
+  """Differences that forbid continuing a run, and those that are allowed.
+
+  Returns: two lists of lines such as "seed: 0 -> 1".
+  """
+  before = _flatten(dataclasses.asdict(old))
+  after = _flatten(dataclasses.asdict(new))
+  forbidden, allowed = [], []
+  for field in sorted(before.keys() | after.keys()):
+    a, b = before.get(field), after.get(field)
+    if a == b:
+      continue
+    line = f"{field}: {a!r} -> {b!r}"
+    longer = field == "train.num_steps" and b > a
+    free = field.startswith(FREE_FIELDS) or (
+      field.startswith("model.stages[")
+      and field.endswith(tuple(f".{name}" for name in FREE_STAGE_FIELDS))
+    )
+    (allowed if free or longer else forbidden).append(line)
+  return forbidden, allowed

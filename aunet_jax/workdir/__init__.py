@@ -1,0 +1,4 @@
+"""What a run leaves on disk, and reading it back.
+
+Read `layout.py` first.
+"""

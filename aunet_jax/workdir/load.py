@@ -1,0 +1,145 @@
+"""A model out of a workdir, and a workdir around a model."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from aunet_jax import config as config_lib
+from aunet_jax.aunet import sharding
+from aunet_jax.aunet.network import AUNet, init_params
+from aunet_jax.config import Config
+from aunet_jax.data.tokenizer import Tokenizer
+from aunet_jax.splitting.splitter import Splitter
+from aunet_jax.workdir import manifest
+from aunet_jax.workdir.checkpoints import _newest_whole
+from aunet_jax.workdir.layout import (
+  CHECKPOINTS,
+  TOKENIZER_FILE,
+  CheckpointError,
+  read_config,
+  unreadable,
+  write_config,
+)
+
+
+def save_params(workdir: str | Path, config: Config, params: dict) -> None:
+  """Writes a workdir that holds a model and no training state.
+
+  `generate`, `evaluate` and `train` accept it; training starts at step 0.
+  """
+  write_config(workdir, config)
+  directory = Path(workdir).absolute() / CHECKPOINTS
+  with ocp.CheckpointManager(directory) as manager:
+    manager.save(
+      0,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        host=ocp.args.JsonSave(
+          {"splitter_hash": Splitter(config.model.rules).hash}
+        ),
+      ),
+    )
+    manager.wait_until_finished()
+  manifest.write(directory / "0")
+
+
+# ----- loading a model ------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+  """A model out of a workdir, ready to apply."""
+
+  model: AUNet
+  params: dict
+  splitter: Splitter
+  config: Config
+  step: int
+  tokenizer: Tokenizer | None = None  # None: the model reads bytes
+
+
+def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+  """Reads the model of the newest whole checkpoint.
+
+  A newer one whose model is damaged is named on stderr, and left as it is.
+
+  Args: mesh: where to put the parameters; None = the first device.
+  Raises: CheckpointError where there is no whole checkpoint, or the splitting
+    rule of this version of the package, or the workdir's tokenizer.json, is
+    not the one the model was trained with.
+  """
+  config = read_config(workdir)
+  directory = Path(workdir).absolute() / CHECKPOINTS
+  step, damaged = _newest_whole(Path(workdir), None, ("params", "host"))
+  for number, reason in damaged.items():
+    print(f"checkpoint {number} skipped: {reason}", file=sys.stderr)
+  if step is None:
+    raise CheckpointError(
+      f"{workdir} has no checkpoint yet; train first, or wait for the first "
+      f"save (every {config.checkpoint.every_steps} steps)."
+    )
+  boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+  if mesh is None:
+    mesh = jax.sharding.Mesh(
+      np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES
+    )
+  target = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    sharding.unbox(boxed),
+    sharding.tree_shardings(boxed, mesh),
+  )
+  with ocp.CheckpointManager(directory) as manager:
+    try:
+      restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(target), host=ocp.args.JsonRestore()
+        ),
+      )
+    except Exception as error:
+      raise unreadable(directory / str(step), error) from error
+  splitter = Splitter(config.model.rules)
+  check_splitter(restored["host"], splitter)
+  # The kernels it was trained with may not run on the devices here.
+  config = dataclasses.replace(
+    config, model=config_lib.with_attention(config.model, "auto")
+  )
+  tokenizer = None
+  if config.data.tokenizer is not None:
+    try:
+      tokenizer = Tokenizer(Path(workdir) / TOKENIZER_FILE)
+    except ValueError as error:
+      raise CheckpointError(f"the workdir's tokenizer: {error}") from None
+  check_tokenizer(restored["host"], tokenizer)
+  return Loaded(
+    AUNet(config.model), restored["params"], splitter, config, step, tokenizer
+  )
+
+
+def check_tokenizer(host: dict, tokenizer: Tokenizer | None) -> None:
+  """Raises: CheckpointError where it is not the one of the training run."""
+  trained = host.get("tokenizer_hash")
+  given = None if tokenizer is None else tokenizer.hash
+  if trained != given:
+    name = "bytes" if tokenizer is None else f"{tokenizer.path} (hash {given})"
+    raise CheckpointError(
+      f"the checkpoint was trained on "
+      f"{'bytes' if trained is None else f'tokens of tokenizer {trained}'}, "
+      f"but is now given {name}; restore the tokenizer.json it was trained "
+      f"with, or use another workdir."
+    )
+
+
+def check_splitter(host: dict, splitter: Splitter) -> None:
+  """Raises: CheckpointError where the rules' tables have changed."""
+  if host["splitter_hash"] != splitter.hash:
+    raise CheckpointError(
+      f"the checkpoint was trained with splitting tables "
+      f"{host['splitter_hash']}, this version makes {splitter.hash} for the "
+      f"same rules: it would split text differently. Use the package version "
+      f"that wrote the checkpoint."
+    )

@@ -1,0 +1,201 @@
+"""Blocks of the Transformer, against plain NumPy.
+
+Letters: B batch, L positions, H query heads, G key/value heads, K head dim,
+J = K / 2, D width, F feed-forward.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aunet_jax.aunet import block, sharding
+from aunet_jax.config import ModelConfig, StageConfig
+
+STAGE = StageConfig(
+  dim=16,
+  num_layers=3,
+  head_dim=4,
+  window=3,
+  capacity=64,
+  num_kv_heads=2,
+  ffn_dim=24,
+)
+MODEL = ModelConfig(stages=(STAGE,), dtype="float32", rope_theta=100.0)
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+# ----- norm -----------------------------------------------------------------
+
+
+def test_rms_norm_is_its_formula():
+  x_BLD, scale_D = normal(0, 2, 3, 8), normal(1, 8)
+  params = {"params": {"scale": scale_D}}
+  y_BLD = block.RMSNorm(1e-5).apply(params, x_BLD)
+  mean_BL1 = (x_BLD.astype(np.float64) ** 2).mean(-1, keepdims=True)
+  expected_BLD = x_BLD / np.sqrt(mean_BL1 + 1e-5) * scale_D
+  np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32():
+  x_BLD = jnp.asarray(normal(0, 2, 3, 512) * 100, jnp.bfloat16)
+  params = {"params": {"scale": np.ones(512, np.float32)}}
+  y_BLD = block.RMSNorm(1e-5).apply(params, x_BLD)
+  assert y_BLD.dtype == jnp.bfloat16
+  whole_BLD = block.RMSNorm(1e-5).apply(params, x_BLD.astype(jnp.float32))
+  np.testing.assert_array_equal(y_BLD, whole_BLD.astype(jnp.bfloat16))
+
+
+# ----- rotary positions -----------------------------------------------------
+
+
+def rope_loop(x_K, position, theta):
+  """Rotates components j and j + K/2 by position * theta^(-2j/K)."""
+  K, y_K = len(x_K), np.zeros(len(x_K))
+  for j in range(K // 2):
+    angle = position * theta ** (-2 * j / K)
+    a, b = x_K[j], x_K[j + K // 2]
+    y_K[j] = a * np.cos(angle) - b * np.sin(angle)
+    y_K[j + K // 2] = b * np.cos(angle) + a * np.sin(angle)
+  return y_K
+
+
+def test_rope_is_that_of_a_loop():
+  position_BL = np.array([[0, 1, 2, 700], [0, 0, 1, 5]])
+  x_BLHK = normal(0, 2, 4, 3, 8)
+  cos_BLJ, sin_BLJ = block.rope_tables(position_BL, 8, 10_000.0)
+  assert cos_BLJ.dtype == sin_BLJ.dtype == jnp.float32
+  y_BLHK = block.apply_rope(x_BLHK, cos_BLJ, sin_BLJ)
+  for b, t, h in np.ndindex(2, 4, 3):
+    expected_K = rope_loop(x_BLHK[b, t, h], position_BL[b, t], 10_000.0)
+    # float32 angles of several hundred carry an error of about 1e-5.
+    np.testing.assert_allclose(y_BLHK[b, t, h], expected_K, atol=2e-4)
+
+
+def attention_loop(q_BLHK, k_BLGK, v_BLGK, seen_BLM):
+  """Softmax attention where a 0/1 matrix says which key a query sees."""
+  B, L, H, K = q_BLHK.shape
+  o_BLHK = np.zeros((B, L, H, K))
+  group = H // k_BLGK.shape[2]
+  for b, t, h in np.ndindex(B, L, H):
+    keys = np.flatnonzero(seen_BLM[b, t])
+    k_MK = k_BLGK[b, keys, h // group].astype(np.float64)
+    score_M = k_MK @ q_BLHK[b, t, h] / np.sqrt(K)
+    weight_M = np.exp(score_M - score_M.max())
+    weight_M /= weight_M.sum()
+    o_BLHK[b, t, h] = weight_M @ v_BLGK[b, keys, h // group]
+  return o_BLHK
+
+
+# ----- block and stack ------------------------------------------------------
+
+
+def block_loop(x_LD, p, stage, model):
+  """One block on one document, in float64."""
+
+  def norm(x_LD, scale_D):
+    mean_L1 = (x_LD**2).mean(-1, keepdims=True)
+    return x_LD / np.sqrt(mean_L1 + model.norm_eps) * scale_D
+
+  length = len(x_LD)
+  h_LD = norm(x_LD, p["attention_norm"]["scale"])
+  weights = p["attention"]
+  q_LHK = np.einsum("LD,DHK->LHK", h_LD, weights["query"])
+  k_LGK = np.einsum("LD,DGK->LGK", h_LD, weights["key"])
+  v_LGK = np.einsum("LD,DGK->LGK", h_LD, weights["value"])
+  for x_LHK in (q_LHK, k_LGK):
+    for t, h in np.ndindex(x_LHK.shape[:2]):
+      x_LHK[t, h] = rope_loop(x_LHK[t, h], t, model.rope_theta)
+  reach = length if stage.window is None else stage.window
+  seen_LM = np.tril(np.ones((length, length))) - np.tril(
+    np.ones((length, length)), -reach
+  )
+  o_LHK = attention_loop(q_LHK[None], k_LGK[None], v_LGK[None], seen_LM[None])[
+    0
+  ]
+  x_LD = x_LD + np.einsum("LHK,HKD->LD", o_LHK, weights["out"])
+  h_LD = norm(x_LD, p["ffn_norm"]["scale"])
+  gate_LF = h_LD @ p["ffn"]["gate"]
+  hidden_LF = gate_LF / (1 + np.exp(-gate_LF)) * (h_LD @ p["ffn"]["up"])
+  return x_LD + hidden_LF @ p["ffn"]["down"]
+
+
+def stack_params(stage, seed=0):
+  x_BLD, documents_BL = np.zeros((1, 8, stage.dim)), np.ones((1, 8), int)
+  stack = block.Stack(stage, MODEL)
+  boxed = jax.eval_shape(stack.init, jax.random.key(0), x_BLD, documents_BL)
+  shapes = sharding.unbox(boxed["params"])
+  random = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: np.float32(random.normal(size=x.shape) * 0.3 + 0.1), shapes
+  )
+
+
+@pytest.mark.parametrize("window", [3, None])
+def test_a_stack_is_its_blocks_one_after_the_other(window):
+  stage = dataclasses.replace(STAGE, window=window)
+  params = stack_params(stage)
+  x_BLD = normal(0, 2, 10, stage.dim)
+  documents_BL = np.ones((2, 10), int)
+  y_BLD = jax.jit(block.Stack(stage, MODEL).apply)(
+    {"params": params}, x_BLD, documents_BL
+  )
+  for b in range(2):
+    expected_LD = x_BLD[b].astype(np.float64)
+    for layer in range(stage.num_layers):
+      p = jax.tree.map(lambda x, n=layer: x[n], params["blocks"])
+      expected_LD = block_loop(expected_LD, p, stage, MODEL)
+    scale = np.abs(expected_LD).max()
+    np.testing.assert_allclose(y_BLD[b], expected_LD, atol=1e-5 * scale)
+
+
+def test_a_piece_far_into_a_row_keeps_its_precision():
+  """Positions restart at each piece: large angles would cost digits."""
+  far, size = 20_000, 8
+  documents_BL = np.array([[1] * far + [2] * size])
+  x_BLD = normal(0, 1, size, STAGE.dim)
+  row_BLD = np.concatenate([np.zeros((1, far, STAGE.dim)), x_BLD], axis=1)
+  stage = dataclasses.replace(STAGE, window=size, num_layers=1)
+  apply = jax.jit(block.Stack(stage, MODEL).apply)
+  params = {"params": stack_params(stage)}
+  alone_BLD = apply(params, x_BLD, documents_BL[:, far:])
+  packed_BLD = apply(params, row_BLD.astype(np.float32), documents_BL)
+  np.testing.assert_allclose(packed_BLD[:, far:], alone_BLD, rtol=0, atol=2e-6)
+
+
+@functools.cache
+def stack_gradients(remat, unroll):
+  """Value and gradients of a loss through a stack."""
+  stage = dataclasses.replace(STAGE, remat=remat, num_layers=2)
+  model = dataclasses.replace(MODEL, unroll_layers=unroll)
+  x_BLD, documents_BL = normal(0, 2, 4, STAGE.dim), np.ones((2, 4), int)
+
+  def loss(params):
+    stack = block.Stack(stage, model)
+    y_BLD = stack.apply({"params": params}, x_BLD, documents_BL)
+    return (y_BLD**2).mean()
+
+  return jax.jit(jax.value_and_grad(loss))(stack_params(stage))
+
+
+@pytest.mark.parametrize(
+  "remat,unroll",
+  [("none", True), ("dots", False), ("full", False), ("full", True)],
+)
+def test_remat_and_unrolling_change_nothing(remat, unroll):
+  value, grads = stack_gradients(remat, unroll)
+  expected, expected_grads = stack_gradients("none", False)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=0, atol=1e-5 * np.abs(b).max()
+    ),
+    grads,
+    expected_grads,
+  )

@@ -1,0 +1,222 @@
+"""Planning and running a scaling study, as its user does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from aunet_jax import config
+from aunet_jax.scaling import __main__ as scaling_main
+from aunet_jax.scaling import laws
+from aunet_jax.scaling.plan import Sample, make_cells, read_laws
+from aunet_jax.scaling.run import read_study
+
+ROOT = Path(__file__).parents[2]
+MODEL = f"{Path(__file__).parents[1] / 'tiny.py'}:for_budget"
+
+
+@pytest.fixture(autouse=True)
+def _in_root(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+  path = tmp_path / "text.txt"
+  path.write_text("The word is longer than the byte, and 42 is a number. " * 99)
+  return path
+
+
+def plan(*args) -> int:
+  return scaling_main.main(["plan", *map(str, args)])
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_the_papers_budgets_give_the_papers_runs(num_stages):
+  runs = laws.LADDERS[num_stages]
+  cells = make_cells(
+    [f"aunet{num_stages}"],
+    [run.compute for run in runs],
+    sample=Sample(None, 8192),
+  )
+  assert len(cells) == 12
+  for run, cell in zip(runs, cells, strict=True):
+    planned = cell.to_json()
+    assert cell.config.model == run.model
+    rate = cell.config.optimizer.learning_rate
+    assert rate == pytest.approx(run.learning_rate, rel=0.01)
+    assert planned["batch_bytes"] == pytest.approx(
+      run.printed_units_per_step, rel=0.07
+    )
+    assert planned["bytes"] == pytest.approx(run.units, rel=0.01)
+
+
+def test_dear_budgets_may_have_one_seed():
+  cells = make_cells(
+    ["aunet2"],
+    [1e18, 1e19],
+    sample=Sample(None, 8192),
+    seeds=[3, 4],
+    single_seed_above=1e18,
+  )
+  assert [(c.budget_flops, c.seed) for c in cells] == [
+    (1e18, 3),
+    (1e18, 4),
+    (1e19, 3),
+  ]
+
+
+def test_isoflop_cells_spend_one_budget_on_several_sizes():
+  cells = make_cells(
+    ["aunet2", "byte", "stride@4"],
+    [1e18],
+    sizes=[0.5, 1, 2],
+    sample=Sample(None, 8192),
+  )
+  for model in ("aunet2", "byte", "stride@4"):
+    some = [c.to_json() for c in cells if c.model == model]
+    assert len(some) == 3
+    sizes = [c["flops_per_byte"] for c in some]
+    assert 1.4 < sizes[1] / sizes[0] < 2.8 and 1.4 < sizes[2] / sizes[1] < 2.8
+    for c in some:
+      spent = c["flops_per_byte"] * c["bytes"]
+      assert spent == pytest.approx(1e18, rel=0.01)
+
+
+def test_rows_of_a_text_fill_and_bytes_are_those_that_are_read(text):
+  text.write_text("Some words of a text that is long enough. " * 2000)
+  sample = Sample(str(text), 512)
+  (cell,) = make_cells(["aunet2"], [1e11], sample=sample, ratio=0.0005)
+  assert cell.config.model.capacities[0] == 512
+  assert 0.8 < cell.fill[0] < 1 and cell.fill[1] > 0.9
+  planned = cell.to_json()
+  assert planned["useful_flops"] < planned["padded_flops"]
+  rows = cell.config.train.num_steps * cell.config.train.batch_size
+  assert planned["bytes"] == pytest.approx(rows * 512 * cell.fill[0])
+
+
+def test_a_sweep_has_a_cell_for_every_batch_and_rate(tmp_path, text, capsys):
+  study = tmp_path / "hp"
+  flags = (f"--models={MODEL}", "--budgets=1e9", f"--data={text}")
+  sweep = ("--batch_bytes=512,1024", "--learning_rates=0.001,0.002")
+  with pytest.raises(SystemExit):
+    scaling_main.main(["hp", str(study), *flags])
+  capsys.readouterr()
+  own = ("--models=aunet2", *flags[1:], "--row_bytes=64", "--ratio=1e-8")
+  assert scaling_main.main(["hp", str(study), *own, *sweep]) == 0
+  _, cells = read_study(study)
+  pairs = {(c.values["batch_bytes"], c.values["learning_rate"]) for c in cells}
+  assert len(pairs) == len(cells) == 4
+
+
+def test_a_directory_holds_one_study(tmp_path, text, capsys):
+  flags = (f"--models={MODEL}", "--budgets=1e9", f"--data={text}")
+  assert plan(tmp_path / "study", *flags) == 0
+  assert plan(tmp_path / "study", *flags) == 2
+  assert "holds a study already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--models=aunet5", "--budgets=1e19"], "'aunet5' is no model"),
+    (["--models=stride@1", "--budgets=1e19"], "'stride@1' is no model"),
+    (["--models=no.py:f", "--budgets=1e19"], "no file 'no.py'"),
+    (["--models=tests/tiny.py:f", "--budgets=1e19"], "no function 'f'"),
+    (["--models=aunet2", "--budgets=1e2"], "no model has about"),
+    (["--models=aunet2,aunet2", "--budgets=1e19"], "would be called"),
+    (["--models=aunet2", "--budgets=1e19", "--ratio=-1"], "--ratio=-1"),
+    (["--models=aunet2", "--budgets=1e19", "--set=a"], "--set=a"),
+    (
+      ["--models=aunet2", "--budgets=1e19", "--set=train.x=1"],
+      "--config.train.x is not a setting",
+    ),
+    (["--models=aunet2", "--budgets=1e19", "--data=/no/such"], "/no/such"),
+    (["study", "--models=aunet2", "--budgets=1e19"], "--data is missing"),
+    (
+      ["--models=byte,aunet2", "--budgets=1e19", "--set=train.eval_bytes=9"],
+      "sets train.eval_bytes",
+    ),
+  ],
+)
+def test_what_cannot_be_planned_is_named(flags, message, capsys):
+  assert plan(*flags) == 2
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1", "1e19,0", "inf"])
+def test_budgets_are_numbers_above_zero(value, capsys):
+  with pytest.raises(SystemExit) as stop:
+    plan("--models=aunet2", f"--budgets={value}")
+  assert stop.value.code == 2
+  assert "numbers above 0" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_no_study_is_refused(tmp_path, capsys):
+  assert scaling_main.main(["run", str(tmp_path)]) == 2
+  assert "scaling plan" in capsys.readouterr().err
+  (tmp_path / "study.json").write_text("{")
+  assert scaling_main.main(["run", str(tmp_path)]) == 2
+  assert "damaged" in capsys.readouterr().err
+  (tmp_path / "study.json").write_text('{"cells": ["a"], "data": null}')
+  assert scaling_main.main(["run", str(tmp_path)]) == 2
+  assert "not as it was planned" in capsys.readouterr().err
+
+
+def test_a_config_is_read_from_json_as_from_python(tmp_path):
+  whole = config.parse_flags(["--config=tests/tiny.py"])
+  path = tmp_path / "config.json"
+  path.write_text(whole.to_json())
+  assert config.parse_flags([f"--config={path}"]) == whole
+  changed = config.parse_flags([f"--config={path}", "--config.seed=3"])
+  assert changed.seed == 3
+  with pytest.raises(ValueError, match="Did you mean --config.seed"):
+    config.parse_flags([f"--config={path}", "--config.sed=3"])
+  path.write_text("{")
+  with pytest.raises(ValueError, match="config.json"):
+    config.parse_flags([f"--config={path}"])
+
+
+def test_laws_of_ones_own_are_followed(tmp_path, capsys):
+  path = tmp_path / "laws.json"
+  laws_of = {"learning_rate": [2.0, -0.1], "batch_bytes": [16384, 0]}
+  path.write_text(json.dumps({"byte": laws_of | {"budgets": [1e18, 1e19]}}))
+  own_laws = read_laws(str(path))
+  byte, aunet = make_cells(
+    ["byte", "aunet2"],
+    [1e19],
+    sample=Sample(None, 8192),
+    own_laws=own_laws,
+  )
+  assert byte.config.optimizer.learning_rate == pytest.approx(2.0 * 1e19**-0.1)
+  assert byte.config.train.batch_size == 2
+  rate = laws.aunet_learning_rate(1e19)
+  assert aunet.config.optimizer.learning_rate == pytest.approx(rate)
+
+  flags = ("--models=byte,aunet2", f"--laws={path}")
+  assert plan(*flags, "--budgets=1e18,1e20") == 0
+  out = capsys.readouterr().out
+  assert "byte were fitted to 1e+18 to 1e+19 FLOPs; 1e+20 lie outside" in out
+  assert "no laws for" not in out
+  assert plan("--models=byte", "--budgets=1e17") == 0
+  assert "no laws for byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ("{", "cannot be read"),
+    ("[]", "object of models"),
+    ('{"byte": {"rate": [1, 2]}}', "must be an object of batch_bytes"),
+    ('{"byte": {"learning_rate": [-1, 2]}}', "byte.learning_rate=[-1, 2]"),
+    ('{"byte": {"learning_rate": 3}}', "byte.learning_rate=3"),
+    ('{"bpe": {"learning_rate": [1, 0]}}', "laws are of bpe"),
+  ],
+)
+def test_laws_that_cannot_be_followed_are_named(
+  content, message, tmp_path, capsys
+):
+  path = tmp_path / "laws.json"
+  path.write_text(content)
+  assert plan("--models=byte", "--budgets=1e19", f"--laws={path}") == 2
+  assert message in capsys.readouterr().err
