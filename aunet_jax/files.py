@@ -1,0 +1,105 @@
+"""Files that processes share: locks, and writing all of a file or nothing."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from aunet_jax.terminal import Failure
+
+LOCKS = "AUNET_JAX_LOCKS"  # environment variable; "none" takes no locks
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class LockError(Failure):
+  """A lock cannot be taken here, whoever holds it."""
+
+  status = 2
+
+
+class Lock:
+  """A lock on a file, held until it is closed or the process ends."""
+
+  def __init__(self, path: str | Path):
+    """Opens the lock file: never through a link, never emptying it.
+
+    Raises: LockError where `path` is a link or cannot be a lock file.
+    """
+    self.path = Path(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+      self._file = os.open(self.path, flags, 0o666)
+    except OSError as error:
+      if error.errno != errno.ELOOP:
+        raise
+      raise LockError(
+        f"{self.path} is a link; a lock must be a file of its own. Delete it."
+      ) from None
+
+  def take(self, wait: bool) -> bool:
+    """Takes the lock; False where another process has it and wait is False.
+
+    Raises: LockError where the file system has no locks.
+    """
+    if os.environ.get(LOCKS) == "none":
+      return True
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      return False
+    except OSError as error:
+      if error.errno not in _UNSUPPORTED:
+        raise
+      raise LockError(
+        f"{self.path} cannot be locked: this file system has no locks "
+        f"({error.strerror}). Use a directory on another one, mount it with "
+        f"locks (Lustre: -o flock), or set {LOCKS}=none and make sure that no "
+        f"second process uses this directory."
+      ) from None
+    return True
+
+  def close(self) -> None:
+    os.close(self._file)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, busy: Callable[[], None]) -> Iterator[None]:
+  """Holds the lock at `path`.
+
+  Args: busy: called where another process holds it; it raises to give up, or
+    returns to wait.
+  Raises: LockError, and what `busy` raises.
+  """
+  lock = Lock(path)
+  with contextlib.closing(lock):
+    if not lock.take(wait=False):
+      busy()
+      lock.take(wait=True)
+    yield
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+  """Writes a file so that readers see the old content or all of the new.
+
+  It survives a crash of the machine once this returns.
+  """
+  path = Path(path)
+  data = content.encode() if isinstance(content, str) else content
+  descriptor, partial = tempfile.mkstemp(
+    dir=path.parent, prefix=f".{path.name}.", suffix=".partial"
+  )
+  try:
+    with os.fdopen(descriptor, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(partial, 0o666 & ~umask)
+    os.replace(partial, path)
+  except BaseException:
+    Path(partial).unlink(missing_ok=True)
+    raise
