@@ -4,8 +4,8 @@
 def load(workdir, mesh=None):
   """The model in a workdir: .model, .params, .splitter, .config, .step.
 
-  See `aunet_jax.checkpoint.load`.
+  See `aunet_jax.workdir.load.load`.
   """
-  from aunet_jax import checkpoint  # importing the package stays fast
+  from aunet_jax.workdir import load as loading  # importing us stays fast
 
-  return checkpoint.load(workdir, mesh)
+  return loading.load(workdir, mesh)

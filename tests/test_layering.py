@@ -58,6 +58,7 @@ def module_of(name: str, modules) -> str | None:
     for candidate in (parts[:size], [*parts[:size], "__init__"]):
       if ".".join(candidate) in modules:
         return ".".join(candidate)
+  assert name in ("aunet_jax", "aunet_jax.load"), f"there is no {name}"
   return "__init__"
 
 

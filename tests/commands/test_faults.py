@@ -232,7 +232,8 @@ def test_a_full_disk_leaves_the_checkpoint_it_names(copy, monkeypatch, capsys):
 
 LOADER = """
 import sys, time
-from aunet_jax import config, data, splitting
+from aunet_jax import config, splitting
+from aunet_jax.data import loader as data
 
 if __name__ == "__main__":
   settings = config.DataConfig(train=sys.argv[1], heldout_fraction=0)

@@ -446,7 +446,8 @@ def test_a_damaged_cache_is_refused(tmp_path, name, keep):
 BUILD = textwrap.dedent("""
   import sys, pathlib
   from toy_splitter import SpaceSplitter, StatelessSplitter
-  from aunet_jax import config, data
+  from aunet_jax import config
+  from aunet_jax.data import corpora
 
   def log(line):
     print(line, flush=True)
@@ -457,7 +458,7 @@ BUILD = textwrap.dedent("""
   cfg = config.DataConfig(
     train=sys.argv[1], heldout_fraction=0.0, max_skip_fraction=0.5
   )
-  corpus, _ = data.open_corpora(
+  corpus, _ = corpora.open_corpora(
     cfg, SpaceSplitter(), (24, 8, 4), sys.argv[2], log
   )
   print(corpus.fingerprint)
@@ -584,11 +585,12 @@ def test_the_python_corpus_is_there(tmp_path):
 
 LARGE = textwrap.dedent("""
   import json, sys
-  from aunet_jax import config, data
+  from aunet_jax import config
+  from aunet_jax.data import corpora
   from aunet_jax.splitting import Splitter
 
   cfg = config.DataConfig(train=sys.argv[1], heldout_fraction=0.0)
-  corpus, _ = data.open_corpora(
+  corpus, _ = corpora.open_corpora(
     cfg, Splitter(["word@1"]), (8192, 1700), sys.argv[2], print
   )
   # Not ru_maxrss, which keeps what the parent held when it started this.

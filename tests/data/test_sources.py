@@ -313,7 +313,7 @@ def test_no_permission_is_a_skip():
     program = textwrap.dedent("""
       import os, sys
       sys.path[:0] = sys.argv[2:]
-      from aunet_jax import sources
+      from aunet_jax.data import sources
       if os.getuid() == 0:
         os.setuid(65534)
       files, _ = sources.list_sources(sys.argv[1])

@@ -4,6 +4,7 @@ import collections
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 from aunet_jax import config as config_lib
 from aunet_jax import terminal, tokenizer
-from aunet_jax.aunet import loss
+from aunet_jax.aunet import loss, sharding
 from aunet_jax.convert import __main__ as convert_main
 from aunet_jax.data import loader
-from aunet_jax.data.tokenizer import Tokenizer, sys
+from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.generate import __main__ as generate_main
 from aunet_jax.scaling import laws, plan
@@ -273,7 +274,7 @@ def test_an_epoch_logs_exactly_the_bytes_of_the_text(texts, file, tmp_path):
 def test_a_stopped_run_of_tokens_logs_what_a_whole_one_does(
   workdir, texts, file, tmp_path, monkeypatch
 ):
-  real, seen = bits_per_byte.to_device, []
+  real, seen = sharding.to_device, []
 
   def interrupt(*args):
     seen.append(0)
@@ -281,7 +282,7 @@ def test_a_stopped_run_of_tokens_logs_what_a_whole_one_does(
       train_main.signal.raise_signal(train_main.signal.SIGTERM)
     return real(*args)
 
-  monkeypatch.setattr(bits_per_byte, "to_device", interrupt)
+  monkeypatch.setattr(sharding, "to_device", interrupt)
   again = command(texts, file, tmp_path / "w")
   assert train_main.main(again) == terminal.EXIT_STOPPED
   monkeypatch.undo()

@@ -152,8 +152,8 @@ def test_a_killed_runner_leaves_its_cell_locked(study, trainer):
   """The cell outlives the runner; nothing starts it beside itself."""
   sleeper = COUNT + "__import__('time').sleep(600)"
   code = (
-    "import sys; from aunet_jax import scaling, scaling_run;"
-    "scaling_run.command = lambda cell, study: [sys.executable, '-c',"
+    "import sys; from aunet_jax.scaling import __main__ as scaling, run;"
+    "run.command = lambda cell, study: [sys.executable, '-c',"
     f" {sleeper!r}, str(cell.workdir)];"
     f"scaling.main(['run', {str(study)!r}])"
   )

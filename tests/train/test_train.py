@@ -25,11 +25,10 @@ from aunet_jax import terminal
 from aunet_jax.aunet import loss, network, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.data import loader
-from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.generate.generator import Generator
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import __main__ as train_main
-from aunet_jax.train import cluster, metrics, optimizer, state
+from aunet_jax.train import cluster, loop, metrics, optimizer, state
 from aunet_jax.train import step as step_lib
 from aunet_jax.train.step import make_train_step
 from aunet_jax.workdir import layout, load
@@ -276,7 +275,7 @@ def broken_at_5(monkeypatch) -> list[int]:
 
     return broken
 
-  monkeypatch.setattr(step_lib, "compile_step", compile_step)
+  monkeypatch.setattr(loop, "compile_step", compile_step)
   return batches
 
 
@@ -388,7 +387,7 @@ def test_resume_after_a_signal_logs_what_an_uninterrupted_run_logs(
 ):
   assert run(corpus, tmp_path / "whole") == 0
   # A signal that arrives while step 5 is being absorbed.
-  real, seen = bits_per_byte.to_device, []
+  real, seen = sharding.to_device, []
 
   def interrupt(*args):
     seen.append(0)
@@ -396,7 +395,7 @@ def test_resume_after_a_signal_logs_what_an_uninterrupted_run_logs(
       os.kill(os.getpid(), signal.SIGTERM)
     return real(*args)
 
-  monkeypatch.setattr(bits_per_byte, "to_device", interrupt)
+  monkeypatch.setattr(sharding, "to_device", interrupt)
   assert run(corpus, tmp_path / "cut") == terminal.EXIT_STOPPED
   monkeypatch.undo()
   monkeypatch.chdir(ROOT)
