@@ -4,6 +4,7 @@ import collections
 import json
 import math
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -279,7 +280,7 @@ def test_a_stopped_run_of_tokens_logs_what_a_whole_one_does(
   def interrupt(*args):
     seen.append(0)
     if len(seen) == 5:
-      train_main.signal.raise_signal(train_main.signal.SIGTERM)
+      signal.raise_signal(signal.SIGTERM)
     return real(*args)
 
   monkeypatch.setattr(sharding, "to_device", interrupt)
