@@ -20,9 +20,6 @@ import ml_collections
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-NUM_BYTES = 256
-
-
 BOS = 256  # first input of every document; never a target
 
 
@@ -206,11 +203,31 @@ class ModelConfig:
         )
     return rules
 
+  @property
+  def position_limit(self) -> int | None:
+    """Positions a text may have before the model leaves what it was trained on.
 
-def with_attention(model: ModelConfig, choice: str) -> ModelConfig:
-  """The model with one attention kernel at every stage; nothing it learns."""
-  stages = [dataclasses.replace(s, attention=choice) for s in model.stages]
-  return dataclasses.replace(model, stages=tuple(stages))
+    With every window inside the training row there is none: attention never
+    sees a distance it was not trained on. A stage that sees further back than
+    the row was long is held to the row's length.
+    """
+    for stage in self.stages:
+      if stage.window is None or stage.window > stage.capacity:
+        return self.stages[0].capacity
+    return None
+
+  def with_attention(self, choice: str) -> "ModelConfig":
+    """The model with one attention kernel at every stage; nothing it learns."""
+    stages = [dataclasses.replace(s, attention=choice) for s in self.stages]
+    return dataclasses.replace(self, stages=tuple(stages))
+
+  def with_capacities(self, capacities: Sequence[int]) -> "ModelConfig":
+    """The same network for rows of another shape; parameters do not change."""
+    stages = [
+      dataclasses.replace(stage, capacity=capacity)
+      for stage, capacity in zip(self.stages, capacities, strict=True)
+    ]
+    return dataclasses.replace(self, stages=tuple(stages))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -601,27 +618,3 @@ def parse_flags(args: Sequence[str]) -> Config:
   if rest:
     raise ValueError(f"unknown arguments: {' '.join(rest)}")
   return from_config_dict(value)
-
-
-def position_limit(config: ModelConfig) -> int | None:
-  """Positions a text may have before the model leaves what it was trained on.
-
-  With every window inside the training row there is none: attention never
-  sees a distance it was not trained on. A stage that sees further back than
-  the row was long is held to the row's length.
-  """
-  for stage in config.stages:
-    if stage.window is None or stage.window > stage.capacity:
-      return config.stages[0].capacity
-  return None
-
-
-def with_capacities(
-  config: ModelConfig, capacities: tuple[int, ...]
-) -> ModelConfig:
-  """The same network for rows of another shape; parameters do not change."""
-  stages = tuple(
-    dataclasses.replace(stage, capacity=capacity)
-    for stage, capacity in zip(config.stages, capacities, strict=True)
-  )
-  return dataclasses.replace(config, stages=stages)

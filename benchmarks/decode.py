@@ -26,7 +26,7 @@ import numpy as np
 
 from aunet_jax.aunet import network, sharding
 from aunet_jax.aunet.network import AUNet, init_params
-from aunet_jax.config import ModelConfig, StageConfig, with_capacities
+from aunet_jax.config import ModelConfig, StageConfig
 from aunet_jax.data.rows import make_rows
 from aunet_jax.generate import decode, prefill, sampling
 from aunet_jax.generate.generator import make_stats, work_of
@@ -161,7 +161,7 @@ class Bench:
       self.params,
       self.weights,
       *self.rows[:4],
-      config=with_capacities(config, self.rows.capacities),
+      config=config.with_capacities(self.rows.capacities),
       rings=prefill.ring_sizes(config, self.rows.capacities, self.max_bytes),
     )
     choice = sampling.make_choice(
@@ -237,7 +237,7 @@ def time_forward(bench: Bench, repeats: int) -> float:
     for prompt, row in zip(bench.prompts, bench.text_BT, strict=True)
   ]
   rows = make_rows(texts, bench.splitter, config.num_stages)
-  model = AUNet(with_capacities(config, rows.capacities))
+  model = AUNet(config.with_capacities(rows.capacities))
   forward = jax.jit(
     lambda p, *row: model.apply({"params": p}, *row)[:, -1].argmax(-1)
   )

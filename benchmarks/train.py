@@ -180,7 +180,7 @@ def time_steps(
 def with_kernels(model: ModelConfig, args) -> ModelConfig:
   """The model as the flags ask."""
   if args.attention is not None:
-    model = config_lib.with_attention(model, args.attention)
+    model = model.with_attention(args.attention)
   if args.remat is not None:
     stages = [dataclasses.replace(s, remat=args.remat) for s in model.stages]
     model = dataclasses.replace(model, stages=tuple(stages))

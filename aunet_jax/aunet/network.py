@@ -33,7 +33,7 @@ from aunet_jax.aunet.block import (
 from aunet_jax.aunet.quantize import matmul, quantize
 from aunet_jax.aunet.segments import piece_starts, segment
 from aunet_jax.aunet.transition import Pool, Upsample, upsample_weights
-from aunet_jax.config import ModelConfig, with_attention
+from aunet_jax.config import ModelConfig
 
 
 class AUNet(nn.Module):
@@ -155,7 +155,7 @@ def init_params(config: ModelConfig, key: jax.Array):
   """Parameters with their logical dims (boxed), for one PRNG key."""
   # Parameters depend neither on the row, where a short one is cheap, nor on
   # the kernel, whose devices may not be the ones at hand.
-  config = with_attention(config, "xla")
+  config = config.with_attention("xla")
   tokens_BL = jnp.zeros((1, 4), jnp.int32)
   return AUNet(config).init(key, tokens_BL, tokens_BL)["params"]
 

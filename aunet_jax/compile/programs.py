@@ -13,7 +13,6 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aunet_jax import config as config_lib
 from aunet_jax.aunet import network, sharding
 from aunet_jax.aunet.devices import GIB
 from aunet_jax.config import Config
@@ -170,9 +169,7 @@ def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
   choice = sampling.make_choice(
     sampling.Sampling(), [b""] * num_rows, [0] * num_rows, range(num_rows)
   )
-  short = config_lib.with_capacities(
-    config_lib.with_attention(model, "xla"), rows.capacities
-  )
+  short = model.with_attention("xla").with_capacities(rows.capacities)
 
   def make_weights(params):
     return network.make_weights(params, model)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aunet_jax.aunet.network import AUNet
-from aunet_jax.config import EOS, ModelConfig, position_limit, with_capacities
+from aunet_jax.config import EOS, ModelConfig
 from aunet_jax.data.rows import make_rows
 
 
@@ -57,7 +57,7 @@ def score(
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size} must be at least 1.")
-  limit = position_limit(config)
+  limit = config.position_limit
   for context, continuation in pairs:
     size = len(context) + len(continuation)
     if limit is not None and size + 1 > limit:
@@ -85,7 +85,7 @@ def score(
         params,
         *rows[:3],
         targets_BL,
-        config=with_capacities(config, rows.capacities),
+        config=config.with_capacities(rows.capacities),
       )
     )
     for b, n in enumerate(numbers):

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aunet_jax.aunet import network, quantize, sharding
-from aunet_jax.config import ModelConfig, position_limit, with_capacities
+from aunet_jax.config import ModelConfig
 from aunet_jax.data.rows import Rows, make_rows
 from aunet_jax.generate import decode, prefill, sampling
 from aunet_jax.generate.decode import Output, State
@@ -197,7 +197,7 @@ class Generator:
         )
     if max_bytes < 1:
       raise ValueError(f"max_bytes={max_bytes} must be at least 1.")
-    limit = max_positions or position_limit(self.config)
+    limit = max_positions or self.config.position_limit
     longest = max(len(prompt) for prompt in prompts) + 1
     if limit is None:
       return
@@ -235,7 +235,7 @@ class Generator:
       rows.levels_BL,
       rows.documents_BL,
       rows.counts_BN,
-      config=with_capacities(config, rows.capacities),
+      config=config.with_capacities(rows.capacities),
       rings=rings,
     )
     logprobs_BL = np.asarray(_next_logprobs(logits_BLV, rows.bytes_BL))

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from aunet_jax import config as config_lib
 from aunet_jax.aunet import sharding
 from aunet_jax.aunet.network import AUNet, init_params
 from aunet_jax.config import Config
@@ -106,7 +105,7 @@ def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
   check_splitter(restored["host"], splitter)
   # The kernels it was trained with may not run on the devices here.
   config = dataclasses.replace(
-    config, model=config_lib.with_attention(config.model, "auto")
+    config, model=config.model.with_attention("auto")
   )
   tokenizer = None
   if config.data.tokenizer is not None:

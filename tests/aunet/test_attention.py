@@ -25,7 +25,6 @@ from aunet_jax.config import (
   MeshConfig,
   ModelConfig,
   StageConfig,
-  with_attention,
 )
 from tests.aunet.test_block import attention_loop, normal
 
@@ -293,7 +292,7 @@ def test_heads_too_wide_for_shared_memory_are_refused_by_triton():
 def test_a_choice_that_cannot_run_names_stage_choice_and_remedy():
   fine = StageConfig(dim=16, num_layers=1, head_dim=8, window=4, capacity=16)
   model = ModelConfig(stages=(fine,), dtype="float32")
-  model = with_attention(model, "splash")
+  model = model.with_attention("splash")
   match = "stage 1: attention='splash' needs tpu .* are cpu; use 'auto' or 'xla"
   tokens_BL = jnp.zeros((1, 4), jnp.int32)
   with pytest.raises(ValueError, match=match):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from aunet_jax.aunet import network, sharding
 from aunet_jax.aunet.network import AUNet, init_params
-from aunet_jax.config import ModelConfig, StageConfig, with_capacities
+from aunet_jax.config import ModelConfig, StageConfig
 from aunet_jax.data.rows import make_rows
 from aunet_jax.generate import decode, prefill
 from aunet_jax.splitting.splitter import Splitter
@@ -172,7 +172,7 @@ def check(config, params, prompts, forced_BT, schedule, capacities=None):
     params,
     rows,
     forced_BT,
-    config=with_capacities(config, capacities or rows.capacities),
+    config=config.with_capacities(capacities or rows.capacities),
     rings=prefill.ring_sizes(config, rows.capacities, T),
     schedule=plan,
     splitter_step=splitter.step,
@@ -186,7 +186,7 @@ def check(config, params, prompts, forced_BT, schedule, capacities=None):
   expected = apply(
     params,
     *whole[:3],
-    config=with_capacities(config, capacities or (L,) * N),
+    config=config.with_capacities(capacities or (L,) * N),
   )
   assert state.done_B.all()
   for b, prompt in enumerate(prompts):
@@ -304,7 +304,7 @@ def test_the_level_head_cuts_what_is_written():
     params,
     rows,
     forced_BT,
-    config=with_capacities(config, rows.capacities),
+    config=config.with_capacities(rows.capacities),
     rings=prefill.ring_sizes(config, rows.capacities, T),
     schedule=decode.make_schedule("pack", 4, config),
     splitter_step=splitter.step,
@@ -322,7 +322,7 @@ def test_the_level_head_cuts_what_is_written():
       bytes_L[None, :-1],
       levels_L[None, :-1],
       bytes_L[None, 1:],
-      config=with_capacities(config, (128,) * 3),
+      config=config.with_capacities((128,) * 3),
     )
     np.testing.assert_allclose(
       logits[b], expected[0, first : first + T], atol=TOLERANCE

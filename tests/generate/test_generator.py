@@ -25,7 +25,6 @@ from aunet_jax.config import (
   MeshConfig,
   ModelConfig,
   StageConfig,
-  position_limit,
 )
 from aunet_jax.evaluate import score
 from aunet_jax.generate import __main__ as generate_main
@@ -388,9 +387,9 @@ def test_requests_out_of_range_are_refused(change, message):
 
 
 def test_a_stage_that_sees_everything_limits_the_length():
-  assert position_limit(make_config()) is None
+  assert make_config().position_limit is None
   config = make_config(window=None)
-  assert position_limit(config) == 128
+  assert config.position_limit == 128
   limited = Generator(config, make_params(config), Splitter(config.rules))
   with pytest.raises(ValueError, match="longer than the 127"):
     limited.generate([b"x" * 200], max_bytes=4)
