@@ -21,10 +21,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from aunet_jax import config
+from aunet_jax.compiled import compiled
 
 SLACK = 0.03  # a row this near to full closes rather than cut a document
 
@@ -54,7 +54,7 @@ def has_state(splitter) -> bool:
   return len(splitter.start) > 0
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _usage(levels, num_stages):
   """Positions per stage of a whole span whose bytes have `levels`."""
   count_S = np.zeros(num_stages, np.int64)  # of positions of just that level
@@ -63,7 +63,7 @@ def _usage(levels, num_stages):
   return np.cumsum(count_S[::-1])[::-1] + 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _longest(levels, room_S):
   """The most positions of a span that fit, and what they use per stage.
 
@@ -91,7 +91,7 @@ def _longest(levels, room_S):
   return count, usage_S
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _best_fit(usage_WS, room_S):
   """Fills the room: the oldest document first, then the largest that fits.
 

@@ -18,8 +18,9 @@ import zipfile
 
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
+
+from aunet_jax.compiled import compiled
 
 STEPS_PER_BIT = 255 / 8
 
@@ -30,7 +31,7 @@ MODES = ("threshold", "rise")
 _CONTEXT = 0xFFFFFF  # three bytes
 
 
-@numba.njit(nogil=True)
+@compiled
 def _run(data, cuts, context, before, index, blocks, rise, threshold):
   """Fills `cuts` for `data`; returns the context and entropy after it."""
   for i in range(data.size):

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
 
+from aunet_jax.compiled import compiled
 from aunet_jax.config import BOS, EOS
 from aunet_jax.splitting import automaton, entropy
 from aunet_jax.splitting.rules import Rule, make_rule
@@ -33,7 +33,7 @@ LEVEL_BITS = automaton.LEVEL_BITS
 UNSTARTED = automaton.UNSTARTED
 
 
-@numba.njit(nogil=True)
+@compiled
 def _run(data, levels, node, row, byte_table, rule_table, fresh, pending):
   """Fills `levels` for `data`; returns the node and row after it."""
   for i in range(data.size):

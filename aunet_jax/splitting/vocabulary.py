@@ -25,8 +25,9 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
+
+from aunet_jax.compiled import compiled
 
 NUM_PROBES = 8  # slots an edge may be in, side by side
 
@@ -34,7 +35,7 @@ NUM_PROBES = 8  # slots an edge may be in, side by side
 _MULTIPLIER = 2654435761  # Knuth's multiplicative hash, modulo 2**32
 
 
-@numba.njit(nogil=True)
+@compiled
 def _run(data, cuts, node, first, keys, values, shift):
   """Fills `cuts` for `data`; returns the node after it."""
   for i in range(data.size):
