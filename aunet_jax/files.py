@@ -1,8 +1,12 @@
-"""Files that processes share: locks, and writing all of a file or nothing."""
+"""Files that processes share: locks, and writing all of a file or nothing.
+
+And JSON that anybody may have written.
+"""
 
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -103,3 +107,15 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
   except BaseException:
     Path(partial).unlink(missing_ok=True)
     raise
+
+
+def parse_json(text: str | bytes):
+  """The value of a JSON text.
+
+  Raises: ValueError for all that is wrong with it, nesting too deep to read
+    included.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise ValueError("its brackets are nested too deeply") from None

@@ -83,6 +83,14 @@ class Tables:
   def num_states(self) -> int:
     return len(self.rule_table) // self.num_symbols
 
+  def has_state(self, node: int, row: int) -> bool:
+    """Whether both are numbers that the tables themselves may hold."""
+    return (
+      0 <= node < self.fresh // 64
+      and 0 <= row < len(self.rule_table)
+      and row % self.num_symbols == 0
+    )
+
   @property
   def nbytes(self) -> int:
     return self.byte_table.nbytes + self.rule_table.nbytes

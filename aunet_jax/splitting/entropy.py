@@ -14,12 +14,14 @@ automaton: exact, and stable under later text.
 """
 
 import hashlib
-import zipfile
+import math
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aunet_jax import arrays
 from aunet_jax.compiled import compiled
 
 STEPS_PER_BIT = 255 / 8
@@ -29,6 +31,12 @@ MODES = ("threshold", "rise")
 
 
 _CONTEXT = 0xFFFFFF  # three bytes
+
+
+_FIELDS = ("index", "blocks", "mode", "threshold")  # of a file
+
+
+_LARGEST_FILE = (1 << 16) * 257 + 2  # numbers: a block for each pair of bytes
 
 
 @compiled
@@ -52,6 +60,8 @@ class Entropy:
     index: uint16 (65536,), the block of each pair of bytes before the last.
     blocks: uint8 (blocks, 256), entropy after them and the last byte.
     mode: one of MODES. threshold: in the steps of `blocks`.
+  Raises: ValueError for arrays of another kind, and for an index past the
+    blocks: the compiled loop would read memory that is not its own.
   """
 
   start = np.array([0, 255], np.int32)
@@ -61,6 +71,22 @@ class Entropy:
   ):
     if mode not in MODES:
       raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}.")
+    for name, array in (("index", index), ("blocks", blocks)):
+      if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold integers, not {array.dtype}.")
+    if index.shape != (1 << 16,):
+      raise ValueError(f"index has shape {index.shape}, not ({1 << 16},).")
+    if blocks.ndim != 2 or blocks.shape[1] != 256:
+      raise ValueError(f"blocks has shape {blocks.shape}, not (blocks, 256).")
+    if not 0 <= index.min() <= index.max() < len(blocks):
+      raise ValueError(
+        f"index names blocks {index.min()} to {index.max()}; there are "
+        f"{len(blocks)}, from 0."
+      )
+    if not 0 <= blocks.min() <= blocks.max() <= 255:
+      raise ValueError("blocks must be from 0 to 255.")
+    if not -255 <= threshold <= 255:
+      raise ValueError(f"threshold={threshold} must be from -255 to 255.")
     self.index = np.ascontiguousarray(index, np.uint16)
     self.blocks = np.ascontiguousarray(blocks, np.uint8)
     self.mode = mode
@@ -72,7 +98,12 @@ class Entropy:
   def scan(
     self, data_N: np.ndarray, state: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Where to cut: bool (n,), and the state after. data_N: uint8 (n,)."""
+    """Where to cut: bool (n,), and the state after. data_N: uint8 (n,).
+
+    Raises: ValueError for a state that no text leads to.
+    """
+    if not (0 <= state[0] <= _CONTEXT and 0 <= state[1] <= 255):
+      raise ValueError(f"{state} is no state of entropies after three bytes.")
     cuts_N = np.empty(data_N.size, np.bool_)
     context, before = _run(
       data_N,
@@ -112,25 +143,31 @@ class Entropy:
 def load(path: str) -> Entropy:
   """Reads what `Entropy.save` wrote.
 
-  Raises: ValueError if the file is missing or something else.
+  Raises: ValueError if the file is missing, damaged or something else.
   """
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      return Entropy(
-        file["index"], file["blocks"], str(file["mode"]), int(file["threshold"])
-      )
-  except FileNotFoundError:
+  if not os.path.exists(path):
     raise ValueError(
       f"splitting rule entropy@{path}: no such file; make one with "
       "python -m aunet_jax.fit_entropy."
-    ) from None
-  except (
-    KeyError,
-    ValueError,
-    EOFError,
-    OSError,
-    zipfile.BadZipFile,
-  ) as error:
+    )
+  try:
+    headers = arrays.read_headers(path, _FIELDS)
+    for name in ("mode", "threshold"):
+      if headers[name].shape:
+        raise ValueError(f"{name} has shape {headers[name].shape}")
+    if headers["threshold"].dtype.kind not in "iu":
+      raise ValueError(f"threshold is {headers['threshold'].dtype}")
+    size = sum(math.prod(header.shape) for header in headers.values())
+    if size > _LARGEST_FILE:
+      raise ValueError(f"it holds {size} numbers, at most {_LARGEST_FILE}")
+    found = arrays.read(path, _FIELDS)
+    return Entropy(
+      found["index"],
+      found["blocks"],
+      str(found["mode"]),
+      int(found["threshold"]),
+    )
+  except (OSError, ValueError) as error:
     raise ValueError(
       f"splitting rule entropy@{path}: not a file of "
       f"python -m aunet_jax.fit_entropy ({error})."

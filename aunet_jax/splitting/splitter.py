@@ -132,8 +132,13 @@ class Splitter:
 
     Args: data: as `levels`. state: int32 (k,), `start` or from a `scan`.
     Returns: levels int8 (n,), state int32 (k,).
+    Raises: ValueError for a state that no text leads to: a compiled loop would
+      read memory that is not its own.
     """
     data_N = as_bytes_array(data)
+    state = np.asarray(state)
+    if state.shape != self.start.shape or not self.tables.has_state(*state[:2]):
+      raise ValueError(f"{state} is no state of {self!r}.")
     levels_N = np.empty(data_N.size, np.int8)
     tables = self.tables
     node, row = _run(

@@ -15,6 +15,8 @@ import pathlib
 
 import numpy as np
 
+from aunet_jax import arrays
+
 # One class per character; rules are written over these. Order is part of the
 # frozen file: append, never reorder.
 LETTER = 0  # general categories L*, in a script written with spaces
@@ -125,14 +127,27 @@ _SYLLABIC_NAMES = (
 
 @functools.cache
 def load_classes() -> tuple[np.ndarray, str]:
-  """The class of every code point, uint8 (0x110000,), and Unicode's version."""
-  with np.load(FILE, allow_pickle=False) as file:
-    starts, values = file["starts"], file["classes"]
-    version = str(file["unicode_version"])
-  lengths = np.diff(starts, append=NUM_CODE_POINTS)
+  """The class of every code point, uint8 (0x110000,), and Unicode's version.
+
+  Raises: ValueError where the package's file is damaged.
+  """
+  try:
+    found = arrays.read(FILE, ("starts", "classes", "unicode_version"))
+    starts, values = found["starts"], found["classes"]
+    if starts.dtype != np.int32 or values.dtype != np.uint8:
+      raise ValueError("its arrays are of another type")
+    if starts.ndim != 1 or starts.shape != values.shape:
+      raise ValueError("its arrays are of another shape")
+    lengths = np.diff(starts, append=NUM_CODE_POINTS)
+    if starts[0] or lengths.min() < 1 or values.max() >= MALFORMED:
+      raise ValueError("its ranges or classes are out of bounds")
+  except ValueError as error:
+    raise ValueError(
+      f"{FILE} is damaged ({error}); install aunet_jax again."
+    ) from None
   classes = np.repeat(values, lengths)
   classes.flags.writeable = False
-  return classes, version
+  return classes, str(found["unicode_version"])
 
 
 def _classify(database, code_point: int) -> int:

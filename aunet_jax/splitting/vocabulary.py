@@ -16,7 +16,6 @@ hash table that is read with a fixed number of probes.
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import pathlib
@@ -27,9 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aunet_jax import files
 from aunet_jax.compiled import compiled
 
 NUM_PROBES = 8  # slots an edge may be in, side by side
+
+
+MAX_NODES = 1 << 23  # an edge, node * 256 + byte, is an int32
 
 
 _MULTIPLIER = 2654435761  # Knuth's multiplicative hash, modulo 2**32
@@ -64,7 +67,11 @@ class Vocabulary:
   start = np.zeros(1, np.int32)
 
   def __init__(self, tokens: Iterable[bytes]):
-    """Args: tokens: byte strings; the empty one is left out."""
+    """Builds the tree.
+
+    Args: tokens: byte strings; the empty one is left out.
+    Raises: ValueError for more than MAX_NODES nodes.
+    """
     edges: dict[int, int] = {}  # node * 256 + byte -> node
     first = np.zeros(256, np.int32)
     digest = hashlib.sha256()
@@ -81,11 +88,11 @@ class Vocabulary:
           edges[key] = num_nodes
           num_nodes += 1
         node = edges[key]
-    if num_nodes >= 1 << 23:
-      raise ValueError(
-        f"the vocabulary has {num_nodes} beginnings of tokens; at most "
-        f"{(1 << 23) - 1} can be told apart. Drop its longest tokens."
-      )
+      if num_nodes > MAX_NODES:
+        raise ValueError(
+          f"the vocabulary has more than {MAX_NODES - 1} beginnings of tokens, "
+          "which is as many as can be told apart. Drop its longest tokens."
+        )
     self.num_nodes = num_nodes
     self.hash = digest.hexdigest()[:16]
     self._first = first
@@ -94,7 +101,12 @@ class Vocabulary:
   def scan(
     self, data_N: np.ndarray, state: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Where to cut: bool (n,), and the state after. data_N: uint8 (n,)."""
+    """Where to cut: bool (n,), and the state after. data_N: uint8 (n,).
+
+    Raises: ValueError for a state that no text leads to.
+    """
+    if not 0 <= state[0] < self.num_nodes:
+      raise ValueError(f"{state} is no state of {self.num_nodes} beginnings.")
     cuts_N = np.empty(data_N.size, np.bool_)
     node = _run(
       data_N,
@@ -157,21 +169,22 @@ def read_tokens(path: str) -> list[bytes]:
     raw = pathlib.Path(path).read_bytes()
   except OSError as error:
     raise ValueError(
-      f"splitting rule tokens@{path}: {error.strerror}; after the @ stands a "
-      "tokenizer.json or a .tiktoken file."
+      f"splitting rule tokens@{path}: {error.strerror}; name a tokenizer.json "
+      "or a .tiktoken file."
     ) from None
   try:
     if raw.lstrip().startswith(b"{"):
-      return _read_tokenizer_json(json.loads(raw))
-    lines = [line.split() for line in raw.splitlines() if line.strip()]
-    tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
-  except (KeyError, TypeError, ValueError, binascii.Error) as error:
+      tokens = _read_tokenizer_json(files.parse_json(raw))
+    else:
+      lines = [line.split() for line in raw.splitlines() if line.strip()]
+      tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise ValueError(
       f"splitting rule tokens@{path}: neither a tokenizer.json nor a "
       f".tiktoken file ({type(error).__name__}: {error})."
     ) from None
-  if not tokens:
-    raise ValueError(f"splitting rule tokens@{path}: the file is empty.")
+  if not any(tokens):
+    raise ValueError(f"splitting rule tokens@{path}: it is empty: no token.")
   return tokens
 
 

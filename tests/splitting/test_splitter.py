@@ -279,6 +279,38 @@ def test_what_is_not_bytes_is_refused(data):
     SPLITTERS["word@1"].levels(data)
 
 
+@every_splitter
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(data=st.data())
+def test_a_state_that_no_text_leads_to_is_refused(splitter, data):
+  """Or it is one that the tables hold: no other number reaches the loops."""
+  state = splitter.start.copy()
+  number = st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 300)
+  for place in data.draw(st.sets(st.integers(0, len(state) - 1), min_size=1)):
+    state[place] = data.draw(number)
+  text = data.draw(DATA)
+  try:
+    levels, after = splitter.scan(text, state)
+  except ValueError as error:
+    assert "is no state of" in str(error)
+    return
+  assert len(text) == 0 or 0 <= levels.min() <= levels.max() <= (
+    splitter.num_levels
+  )
+  splitter.scan(text, after)
+
+
+def test_a_state_of_another_splitter_is_refused():
+  splitter = SPLITTERS[TOKENS]
+  for state in (splitter.start[:2], np.zeros((1, 3), np.int32), 0, []):
+    with pytest.raises(ValueError, match="is no state of"):
+      splitter.scan(b"text", np.array(state, np.int32))
+  rows = SPLITTERS["pretok"].tables
+  for state in ([0, 1], [0, len(rows.rule_table)], [-1, 0], [1 << 20, 0]):
+    with pytest.raises(ValueError, match="is no state of"):
+      SPLITTERS["pretok"].scan(b"text", np.array(state, np.int32))
+
+
 def test_threads_scan_in_parallel_without_harm():
   splitter = SPLITTERS["word@1,word@2,word@4"]
   texts = [bytes([65 + i]) * i * 7 + b" ab. 12\n" * 4000 for i in range(8)]

@@ -1,11 +1,13 @@
-"""Vocabularies and tables of entropies: their trees and their files."""
+"""Vocabularies: their trees and their files."""
 
 import base64
 import json
 import pathlib
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from aunet_jax.splitting import vocabulary
 from aunet_jax.splitting.splitter import Splitter
@@ -46,6 +48,13 @@ def test_the_three_kinds_of_file(tmp_path):
     (b"{", "neither a tokenizer.json"),
     (b'{"model": {}}', "neither a tokenizer.json"),
     (b"\xff\xfe\n", "neither a tokenizer.json"),
+    (b'{"model": 5}', "neither a tokenizer.json"),
+    (b'{"model": {"vocab": 5}}', "neither a tokenizer.json"),
+    (b'{"model": {"vocab": [[1, 2]]}}', "neither a tokenizer.json"),
+    (b'{"model": {"vocab": {"\\ud800": 1}}}', "neither a tokenizer.json"),
+    (b'{"model": {"vocab": {}}, "added_tokens": [5]}', "neither a token"),
+    (b'{"model": {"vocab": {}}}', "is empty"),
+    (b'{"model": ' + b"[" * 100_000, "nested too deeply"),
   ],
 )
 def test_what_is_no_vocabulary_is_refused(tmp_path, content, message):
@@ -70,9 +79,34 @@ def test_a_large_vocabulary_is_a_tree():
     assert cuts[0] and not cuts[1:].any()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"text", b"PK\x03\x04 text"])
-def test_what_is_no_table_of_entropies_is_refused(tmp_path, content):
-  if content is not None:
-    (tmp_path / "file").write_bytes(content)
-  with pytest.raises(ValueError, match="aunet_jax.fit_entropy"):
-    Splitter([f"entropy@{tmp_path / 'file'}"])
+def test_more_beginnings_than_can_be_told_apart_are_refused(monkeypatch):
+  monkeypatch.setattr(vocabulary, "MAX_NODES", 6)
+  vocabulary.Vocabulary([b"abc", b"abd", b"x"])  # a, ab, abc, abd, x
+  with pytest.raises(ValueError, match="more than 5 beginnings"):
+    vocabulary.Vocabulary([b"abc", b"abd", b"x", b"y"])
+
+
+@hypothesis.settings(deadline=None, max_examples=120)
+@hypothesis.given(
+  edits=st.lists(
+    st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=6)), max_size=4
+  ),
+  keep=st.floats(0.5, 1),
+)
+def test_random_damage_is_an_error_or_a_vocabulary(
+  edits, keep, tmp_path_factory
+):
+  path = tmp_path_factory.getbasetemp() / "damaged.json"
+  raw = bytearray(pathlib.Path(TOKENS.partition("@")[2]).read_bytes())
+  for place, content in edits:
+    at = int(place * (len(raw) - 1))
+    raw[at : at + len(content)] = content
+  path.write_bytes(raw[: int(keep * len(raw)) if keep < 0.8 else len(raw)])
+  try:
+    tokens = vocabulary.read_tokens(path)
+  except ValueError:
+    return
+  assert all(isinstance(token, bytes) for token in tokens)
+  tree = vocabulary.Vocabulary(tokens)
+  cuts, state = tree.scan(np.arange(256, dtype=np.uint8), tree.start)
+  assert cuts[0] and 0 <= state[0] < tree.num_nodes
