@@ -29,7 +29,7 @@ from aunet_jax.aunet.network import AUNet, init_params
 from aunet_jax.config import ModelConfig, StageConfig
 from aunet_jax.data.rows import make_rows
 from aunet_jax.generate import decode, prefill, sampling
-from aunet_jax.generate.generator import make_stats, work_of
+from aunet_jax.generate.generator import counters_of, make_stats
 from aunet_jax.generate.sampling import Sampling
 from aunet_jax.splitting.splitter import Splitter
 from benchmarks import measure
@@ -205,8 +205,8 @@ class Bench:
         middle = time.perf_counter()
         state = self.run(state, schedule)
         end = time.perf_counter()
-        work = jax.device_get(work_of(state))
-        stats = make_stats(work, schedule, self.config)
+        counters = jax.device_get(counters_of(state))
+        stats = make_stats(counters, schedule, self.config)
         before, decoding, _ = best[name]
         best[name] = (
           min(before, middle - begin),

@@ -7,12 +7,15 @@
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
 
+from aunet_jax import terminal
+from aunet_jax.generate import utf8
 from aunet_jax.generate.generator import Completion, Generator
-from aunet_jax.generate.sampling import Sampling
+from aunet_jax.generate.sampling import Sampling, check_stops
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -93,23 +96,15 @@ def make_parser() -> argparse.ArgumentParser:
     help="what cuts the generated text into stages: the splitting rule, or "
     "the level head of a model trained with one (%(default)s)",
   )
+  add(
+    "--utf8",
+    action="store_true",
+    help="only bytes that keep the text valid UTF-8",
+  )
   add("--int8", action="store_true", help="keep matrices as 8-bit integers")
   add("--json", action="store_true", help="one JSON object per sample instead")
   add("--interactive", action="store_true", help="prompt again and again")
   return parser
-
-
-def _to_json(completion: Completion) -> str:
-  return json.dumps(
-    {
-      "prompt": completion.prompt.decode("utf-8", errors="replace"),
-      "text": completion.text,
-      "bytes": list(completion.data),
-      "logprobs": [round(float(x), 5) for x in completion.logprobs],
-      "levels": completion.levels.tolist(),
-      "reason": completion.reason,
-    }
-  )
 
 
 def _write(text: str) -> None:
@@ -117,40 +112,88 @@ def _write(text: str) -> None:
   sys.stdout.flush()
 
 
+def _as_bytes(text: str) -> bytes:
+  """What was typed; bytes that are no UTF-8 come as they are."""
+  return text.encode("utf-8", errors="surrogateescape")
+
+
+def _shown(prompt: bytes) -> str:
+  """A prompt as text, but for a character that its continuation completes."""
+  complete = prompt.removesuffix(utf8.unfinished(prompt))
+  return complete.decode("utf-8", errors="replace")
+
+
+def _to_json(completion: Completion) -> str:
+  return json.dumps(
+    {
+      "prompt": _shown(completion.prompt),
+      "text": completion.text,
+      "bytes": list(completion.data),
+      "prompt_bytes": list(completion.prompt),
+      "logprobs": [round(float(x), 5) for x in completion.logprobs],
+      "levels": completion.levels.tolist(),
+      "reason": completion.reason,
+    }
+  )
+
+
+def _settings(args) -> dict:
+  """Arguments of `Generator.generate`, as far as flags say them.
+
+  Raises: ValueError for one that cannot be, before a model is loaded.
+  """
+  if args.max_bytes < 1:
+    raise ValueError(f"max_bytes={args.max_bytes} must be at least 1.")
+  stop = [_as_bytes(text.replace("\\n", "\n")) for text in args.stop]
+  return {
+    "max_bytes": args.max_bytes,
+    "settings": Sampling(
+      temperature=args.temperature,
+      top_k=args.top_k,
+      top_p=args.top_p,
+      min_p=args.min_p,
+      no_repeat=args.no_repeat,
+      utf8=args.utf8,
+    ),
+    "seed": args.seed,
+    "stop": check_stops(stop),
+    "levels": args.levels,
+    "max_positions": args.max_positions,
+  }
+
+
+def _stream(row: int, text: str) -> None:
+  _write(text)
+
+
 def _answer(generator: Generator, prompt: bytes, args, settings) -> str:
   """Writes continuations of one prompt; returns the first one's reason."""
   streams = args.samples == 1 and not args.json
-
-  def on_text(row, text):
-    _write(text)
-
+  if streams:
+    _write(_shown(prompt))
   completions = generator.generate(
     [prompt],
-    max_bytes=args.max_bytes,
-    settings=settings,
     num_samples=args.samples,
-    seed=args.seed,
-    stop=[text.replace("\\n", "\n").encode() for text in args.stop],
-    levels=args.levels,
-    max_positions=args.max_positions,
-    on_text=on_text if streams else None,
+    on_text=_stream if streams else None,
+    **settings,
   )
   for number, completion in enumerate(completions):
     if args.json:
       _write(_to_json(completion) + "\n")
     elif not streams:
-      shown = completion.prompt.decode("utf-8", errors="replace")
       _write(f"--- sample {number} ({completion.reason})\n")
-      _write(shown + completion.text + "\n")
+      _write(_shown(prompt) + completion.text + "\n")
   if streams:
     _write("\n")
   return completions[0].reason
 
 
-def _interact(generator: Generator, args, settings) -> None:
+def _interact(generator: Generator, prompt: bytes, settings) -> None:
   """Reads a line, continues the conversation so far, and again."""
+  if isinstance(sys.stdin, io.TextIOWrapper):
+    sys.stdin.reconfigure(errors="surrogateescape")
   print("Type a text and press enter; an empty line forgets, Ctrl-D ends.")
-  history = args.prompt.encode("utf-8", errors="surrogateescape")
+  history = prompt
   while True:
     try:
       line = input("> ")
@@ -161,18 +204,9 @@ def _interact(generator: Generator, args, settings) -> None:
       history = b""
       print("(new document)")
       continue
-    prompt = history + line.encode("utf-8", errors="surrogateescape")
+    prompt = history + _as_bytes(line)
     try:
-      (completion,) = generator.generate(
-        [prompt],
-        max_bytes=args.max_bytes,
-        settings=settings,
-        seed=args.seed,
-        stop=[text.replace("\\n", "\n").encode() for text in args.stop],
-        levels=args.levels,
-        max_positions=args.max_positions,
-        on_text=lambda row, text: _write(text),
-      )
+      (completion,) = generator.generate([prompt], on_text=_stream, **settings)
     except ValueError as error:
       print(f"error: {error}")
       continue
@@ -180,41 +214,23 @@ def _interact(generator: Generator, args, settings) -> None:
     history = prompt + completion.data + b"\n"
 
 
+@terminal.command
 def main(argv: Sequence[str] | None = None) -> int:
   """Exit status: 0, 130 after Ctrl-C, 2 for a request that cannot be met."""
-  from aunet_jax.workdir.layout import CheckpointError
-
   args = make_parser().parse_args(argv)
-  try:
-    settings = Sampling(
-      temperature=args.temperature,
-      top_k=args.top_k,
-      top_p=args.top_p,
-      min_p=args.min_p,
-      no_repeat=args.no_repeat,
+  if args.prompt == "":
+    raise ValueError(
+      "--prompt is empty: give it a text, or leave it out to write a "
+      "document from its start."
     )
-    if args.max_bytes < 1:
-      raise ValueError(f"max_bytes={args.max_bytes} must be at least 1.")
-    if args.prompt == "":
-      raise ValueError(
-        "--prompt is empty: give it a text, or leave it out to write a "
-        "document from its start."
-      )
-    args.prompt = args.prompt or ""
-    generator = Generator.from_workdir(args.workdir, int8=args.int8)
-    if args.interactive:
-      _interact(generator, args, settings)
-      return 0
-    prompt = args.prompt.encode("utf-8", errors="surrogateescape")
-    if args.samples == 1 and not args.json:
-      _write(args.prompt)
-    reason = _answer(generator, prompt, args, settings)
-  except (ValueError, CheckpointError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:  # while loading or compiling
-    return 130
-  return 130 if reason == "interrupted" else 0
+  prompt = _as_bytes(args.prompt or "")
+  settings = _settings(args)
+  generator = Generator.from_workdir(args.workdir, int8=args.int8)
+  if args.interactive:
+    _interact(generator, prompt, settings)
+    return 0
+  reason = _answer(generator, prompt, args, settings)
+  return terminal.EXIT_INTERRUPTED if reason == "interrupted" else 0
 
 
 if __name__ == "__main__":

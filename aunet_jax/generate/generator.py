@@ -23,17 +23,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from aunet_jax.aunet import network, quantize, sharding
 from aunet_jax.config import ModelConfig
 from aunet_jax.data.rows import Rows, make_rows
-from aunet_jax.generate import decode, prefill, sampling
+from aunet_jax.generate import decode, prefill, sampling, utf8
 from aunet_jax.generate.decode import Output, State
-from aunet_jax.generate.sampling import Sampling
-from aunet_jax.generate.streaming import OnText, RowText, hand_out
+from aunet_jax.generate.sampling import Sampling, Top, whole_number
+from aunet_jax.generate.streaming import (
+  OnPiece,
+  OnText,
+  RowText,
+  hand_out,
+  most_likely,
+)
 
 # Phases per call of the compiled loop: a call returns to Python, which can
 # then notice Ctrl-C and hand out text.
 MAX_TURNS = 128
-
-
 STREAM_TURNS = 16
+MAX_POSITIONS = 2**31 - 1  # positions are int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,8 @@ class Completion:
 
   `reason` is "eos" (the document ended), "stop" (a stop string came; it is
   not part of `data`), "length" (max_bytes) or "interrupted" (Ctrl-C).
+  The lists of top log-probabilities give for each byte the most likely ones at
+  its place, best first, EOS included; they are empty if not asked for.
   """
 
   prompt: bytes
@@ -51,18 +58,25 @@ class Completion:
   prompt_logprobs: np.ndarray  # float32, for each byte of `prompt`
   prompt_levels: np.ndarray  # int8
   reason: str
+  top_logprobs: list[dict[int, float]]
+  prompt_top_logprobs: list[dict[int, float]]
 
   @property
   def text(self) -> str:
-    return self.data.decode("utf-8", errors="replace")
+    """`data` as text, with the character that the prompt left open."""
+    data = utf8.unfinished(self.prompt) + self.data
+    return data.decode("utf-8", errors="replace")
 
 
 class Stats(NamedTuple):
-  """Work of one `generate`, summed over rows."""
+  """What one `generate` computed, summed over rows.
+
+  A slot is one position of one row at one stage.
+  """
 
   num_bytes: int  # generated, EOS included
-  slots: tuple[float, ...]  # row-slots computed per stage, padding included
-  needed: tuple[float, ...]  # of them, slots a row was waiting for
+  slots: tuple[float, ...]  # computed per stage, for idle rows too
+  needed: tuple[float, ...]  # of them, those that a row was waiting for
 
   def slots_per_byte(self) -> tuple[float, ...]:
     return tuple(slots / max(1, self.num_bytes) for slots in self.slots)
@@ -97,12 +111,22 @@ run_program = jax.jit(
 )
 
 
-@jax.jit
-def _next_logprobs(logits_BLV, bytes_BL):
-  """Log-probability of each byte after position 0, (B, L - 1)."""
+class PromptScores(NamedTuple):
+  """What the model says of the bytes after position 0, L - 1 a row."""
+
+  logprob_BL: np.ndarray  # float32, nats, of the byte that is there
+  top: Top | None  # the most likely bytes
+
+
+@functools.partial(jax.jit, static_argnames="num_top")
+def _prompt_scores(logits_BLV, bytes_BL, num_top) -> PromptScores:
   logprob_BLV = jax.nn.log_softmax(logits_BLV[:, :-1], axis=-1)
   next_BL1 = bytes_BL[:, 1:, None]
-  return jnp.take_along_axis(logprob_BLV, next_BL1, axis=2)[:, :, 0]
+  logprob_BL = jnp.take_along_axis(logprob_BLV, next_BL1, axis=2)[:, :, 0]
+  if not num_top:
+    return PromptScores(logprob_BL, None)
+  best_BLK, byte_BLK = sampling.most_likely(logprob_BLV, num_top)
+  return PromptScores(logprob_BL, Top(byte_BLK, best_BLK))
 
 
 def state_shardings(state: State, mesh: Mesh) -> State:
@@ -186,7 +210,7 @@ class Generator:
       with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
         yield
 
-  def _check(self, prompts, max_bytes, max_positions) -> None:
+  def _check_prompts(self, prompts) -> None:
     if not prompts:
       raise ValueError("there is no prompt; give at least one (b'' is one).")
     for prompt in prompts:
@@ -195,10 +219,19 @@ class Generator:
           f"prompt {prompt!r} is a {type(prompt).__name__}; prompts are "
           f"bytes: use text.encode()."
         )
+
+  def _check_length(self, prompts, max_bytes, max_positions) -> None:
     if max_bytes < 1:
       raise ValueError(f"max_bytes={max_bytes} must be at least 1.")
-    limit = max_positions or self.config.position_limit
+    if max_positions is not None and max_positions < 1:
+      raise ValueError(f"max_positions={max_positions} must be at least 1.")
     longest = max(len(prompt) for prompt in prompts) + 1
+    if longest + max_bytes > MAX_POSITIONS:
+      raise ValueError(
+        f"max_bytes={max_bytes} is more than can be counted; at most "
+        f"{MAX_POSITIONS - longest} can follow this prompt."
+      )
+    limit = max_positions or self.config.position_limit
     if limit is None:
       return
     if longest > limit:
@@ -223,8 +256,10 @@ class Generator:
         "weight above 0."
       )
 
-  def _start(self, prompts, num_samples, seeds, max_bytes, stop, settings):
-    """Prefills and gives (State, Rows, prompt logprobs), one row a sample."""
+  def _start(
+    self, prompts, num_samples, seeds, max_bytes, stop, settings, num_top
+  ):
+    """Prefills and gives (State, Rows, PromptScores), one row a sample."""
     config = self.config
     rows = make_rows(prompts, self.splitter, config.num_stages)
     rings = prefill.ring_sizes(config, rows.capacities, max_bytes)
@@ -238,7 +273,7 @@ class Generator:
       config=config.with_capacities(rows.capacities),
       rings=rings,
     )
-    logprobs_BL = np.asarray(_next_logprobs(logits_BLV, rows.bytes_BL))
+    scores = _prompt_scores(logits_BLV, rows.bytes_BL, num_top)
     if num_samples > 1:
       prefilled = jax.tree.map(
         lambda x: jnp.repeat(x, num_samples, axis=0), prefilled
@@ -251,12 +286,18 @@ class Generator:
       np.repeat(seeds, num_samples),
       numbers,
       stop,
+      max_bytes=max_bytes,
+      num_top=num_top,
+      recent=MAX_TURNS,
     )
     limit_B = np.full((len(numbers),), max_bytes, np.int32)
     state = decode.start(
       prefilled, rows, limit_B, choice, decode.num_phases(config)
     )
-    return state, rows, np.repeat(logprobs_BL, num_samples, axis=0)
+    scores = jax.tree.map(
+      lambda x: np.repeat(x, num_samples, axis=0), jax.device_get(scores)
+    )
+    return state, rows, scores
 
   def generate(
     self,
@@ -267,7 +308,9 @@ class Generator:
     num_samples: int = 1,
     seed: int | Sequence[int] = 0,
     stop: Sequence[bytes] = (),
+    top_logprobs: int = 0,
     on_text: OnText | None = None,
+    on_piece: OnPiece | None = None,
     schedule: str | None = None,
     levels: str = "rule",
     max_positions: int | None = None,
@@ -279,9 +322,13 @@ class Generator:
       prompts: bytes; b"" starts a document.
       seed: one for all, or one per prompt. Equal seeds and sample numbers give
         equal noise, so equal prompts with one seed give equal text.
-      stop: strings that end a row; they are cut off.
+      stop: strings that end a row as soon as one is complete; it is cut off,
+        the longest if several end at one byte.
+      top_logprobs: most likely bytes to report at every place, at most
+        `sampling.MAX_TOP`.
       on_text: called with (row, text) as text comes, never in the middle of
         a character or of a stop string. Row = prompt * num_samples + sample.
+      on_piece: called with (row, Piece): the text and its bytes' numbers.
       schedule: any, sync, half or pack (`decode.make_schedule`); None picks.
       levels: what gives generated bytes their levels: the splitting "rule" or
         the model's level "head" (trained with level_loss_weight > 0). The
@@ -294,16 +341,22 @@ class Generator:
     Raises: ValueError for a setting or prompt that cannot be.
     """
     prompts = list(prompts)
-    self._check(prompts, max_bytes, max_positions)
+    max_bytes = whole_number("max_bytes", max_bytes)
+    num_samples = whole_number("num_samples", num_samples)
+    num_top = whole_number("top_logprobs", top_logprobs)
+    if max_positions is not None:
+      max_positions = whole_number("max_positions", max_positions)
+    self._check_prompts(prompts)
+    self._check_length(prompts, max_bytes, max_positions)
     self._check_levels(levels)
+    stop = sampling.check_stops(stop)
     if num_samples < 1:
       raise ValueError(f"num_samples={num_samples} must be at least 1.")
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
+    if not 0 <= num_top <= sampling.MAX_TOP:
       raise ValueError(
-        f"there are {len(seeds)} seeds for {len(prompts)} prompts; give one "
-        f"for each, or one for all."
+        f"top_logprobs={num_top} must be between 0 and {sampling.MAX_TOP}."
       )
+    seeds = _seeds(seed, len(prompts))
     batch = len(prompts) * num_samples
     plan = decode.make_schedule(
       schedule or default_schedule(batch, self.mesh),
@@ -311,43 +364,54 @@ class Generator:
       self.config,
     )
     with self._context():
-      state, rows, prompt_logprobs_BL = self._start(
-        prompts, num_samples, seeds, max_bytes, stop, settings
+      state, rows, scores = self._start(
+        prompts, num_samples, seeds, max_bytes, stop, settings, num_top
       )
       state = (
         state
         if self.mesh is None
         else jax.device_put(state, state_shardings(state, self.mesh))
       )
-      texts = [RowText(stop) for _ in range(batch)]
-      work = jax.device_get(work_of(state))
+      texts = [
+        RowText(stop, prompts[b // num_samples], settings.utf8)
+        for b in range(batch)
+      ]
+      show = _both(on_text, on_piece)
+      counters = jax.device_get(counters_of(state))
       with contextlib.suppress(KeyboardInterrupt):
-        for output, work in self._loop(
-          state, plan, levels, on_text is not None
+        for output, counters, top in self._loop(
+          state, plan, levels, show is not None
         ):
-          hand_out(texts, output, work.done_B, on_text)
+          hand_out(texts, output, counters.count_B, counters.done_B, top, show)
     if on_stats is not None:
-      on_stats(make_stats(work, plan, self.config))
+      on_stats(make_stats(counters, plan, self.config))
     completions = []
     for b, text in enumerate(texts):
+      text.end("interrupted")
       prompt = prompts[b // num_samples]
       size = len(prompt)
       completions.append(
         Completion(
           prompt=prompt,
           data=bytes(text.data),
-          logprobs=np.array(text.logprobs[: len(text.data)], np.float32),
-          levels=np.array(text.levels[: len(text.data)], np.int8),
-          prompt_logprobs=prompt_logprobs_BL[b, :size],
+          logprobs=np.array(text.logprobs, np.float32),
+          levels=np.array(text.levels, np.int8),
+          prompt_logprobs=scores.logprob_BL[b, :size],
           prompt_levels=rows.levels_BL[b, 1 : size + 1],
-          reason=text.reason or "interrupted",
+          reason=text.reason,
+          top_logprobs=text.top_logprobs,
+          prompt_top_logprobs=(
+            [most_likely(scores.top, b, t) for t in range(size)]
+            if scores.top
+            else []
+          ),
         )
       )
     return completions
 
   def _loop(
     self, state, plan, levels, streams
-  ) -> Iterator[tuple[Output, "Work"]]:
+  ) -> Iterator[tuple[Output, "Counters", Top | None]]:
     turns = jnp.int32(STREAM_TURNS if streams else MAX_TURNS)
     while True:
       state, output = run_program(
@@ -361,14 +425,42 @@ class Generator:
         max_turns=MAX_TURNS,
         levels=levels,
       )
-      output, work = jax.device_get((output, work_of(state)))
-      yield output, work
-      if work.done_B.all():
+      output, counters, top = jax.device_get(
+        (output, counters_of(state), state.choice.memory.top)
+      )
+      yield output, counters, top
+      if counters.done_B.all():
         return
 
 
-class Work(NamedTuple):
-  """Counters of a State, on the host."""
+def _seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:
+  """One a prompt. Raises: ValueError for other numbers of them."""
+  if np.ndim(seed) == 0:
+    return [whole_number("seed", seed)] * num_prompts
+  seeds = [whole_number("seed", one) for one in seed]
+  if len(seeds) != num_prompts:
+    raise ValueError(
+      f"there are {len(seeds)} seeds for {num_prompts} prompts; give one "
+      f"for each, or one for all."
+    )
+  return seeds
+
+
+def _both(on_text: OnText | None, on_piece: OnPiece | None) -> OnPiece | None:
+  if on_text is None:
+    return on_piece
+
+  def show(row, piece):
+    if piece.text:
+      on_text(row, piece.text)
+    if on_piece is not None:
+      on_piece(row, piece)
+
+  return show
+
+
+class Counters(NamedTuple):
+  """What a State counts, on the host."""
 
   done_B: np.ndarray
   count_B: np.ndarray
@@ -376,12 +468,12 @@ class Work(NamedTuple):
   rows_P: np.ndarray
 
 
-def work_of(state: State) -> Work:
-  return Work(state.done_B, state.count_B, state.calls_P, state.rows_P)
+def counters_of(state: State) -> Counters:
+  return Counters(state.done_B, state.count_B, state.calls_P, state.rows_P)
 
 
 def make_stats(
-  work: Work, schedule: decode.Schedule, config: ModelConfig
+  counters: Counters, schedule: decode.Schedule, config: ModelConfig
 ) -> Stats:
   """Slots per stage; a middle stage's two paths count half each."""
   N = config.num_stages
@@ -393,7 +485,7 @@ def make_stats(
     return tuple(float(x) for x in slots)
 
   return Stats(
-    num_bytes=int(work.count_B.sum()),
-    slots=per_stage(work.calls_P * schedule.blocks(len(work.calls_P))),
-    needed=per_stage(work.rows_P),
+    num_bytes=int(counters.count_B.sum()),
+    slots=per_stage(counters.calls_P * schedule.blocks(len(counters.calls_P))),
+    needed=per_stage(counters.rows_P),
   )

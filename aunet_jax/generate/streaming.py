@@ -1,47 +1,94 @@
 """Bytes to text while they come: whole characters, no half stop strings."""
 
-import codecs
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from aunet_jax.config import EOS
+from aunet_jax.generate import utf8
 from aunet_jax.generate.decode import Output
+from aunet_jax.generate.sampling import Top
 
+
+class Piece(NamedTuple):
+  """Text of a row that may be shown, and the bytes it was made of."""
+
+  text: str
+  start: int  # its first byte, counted from the end of the prompt
+  data: bytes
+  logprobs: list[float]  # of each byte of `data`
+  top_logprobs: list[dict[int, float]]  # empty if they were not asked for
+
+
+OnPiece = Callable[[int, Piece], None]
 OnText = Callable[[int, str], None]
 
 
 class RowText:
   """Collects one row's bytes; says which text is safe to show."""
 
-  def __init__(self, stop: Sequence[bytes] = ()):
-    self.stop = tuple(stop)
+  def __init__(
+    self,
+    stop: Sequence[bytes] = (),
+    prompt: bytes = b"",
+    whole_characters: bool = False,
+  ):
+    """Args: prompt: a character that it leaves open becomes part of the text.
+    whole_characters: whatever ends the row leaves no part of a character."""
+    # Of those that end at one byte the longest is cut off.
+    self.stop = sorted(stop, key=len, reverse=True)
+    self.whole_characters = whole_characters
     self.data = bytearray()
     self.logprobs: list[float] = []
     self.levels: list[int] = []
+    self.top_logprobs: list[dict[int, float]] = []
     self.reason: str | None = None
-    self._shown = 0
-    self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    self._open = utf8.unfinished(prompt)
+    self._waiting = self._open  # until its character is complete
+    self._shown = 0  # bytes of `data`
 
-  def add(self, byte: int, level: int, logprob: float) -> None:
+  def add(
+    self,
+    byte: int,
+    level: int,
+    logprob: float,
+    top: dict[int, float] | None = None,
+  ) -> None:
     if byte == EOS:
       self.reason = "eos"
       return
     self.data.append(byte)
     self.levels.append(level)
     self.logprobs.append(logprob)
+    if top is not None:
+      self.top_logprobs.append(top)
     for text in self.stop:
       if self.data.endswith(text):
-        del self.data[-len(text) :]
+        self._keep(len(self.data) - len(text))
         self.reason = "stop"
         return
 
-  def show(self, done: bool) -> str:
-    """Text not shown yet: whole characters, no start of a stop string."""
-    end = len(self.data)
+  def _keep(self, size: int) -> None:
+    for values in (self.data, self.logprobs, self.levels, self.top_logprobs):
+      del values[size:]
+
+  def end(self, reason: str) -> None:
+    """Nothing more comes; for `reason`, if the row has not ended itself."""
+    self.reason = self.reason or reason
+    if self.whole_characters:
+      last = utf8.unfinished(self._open + bytes(self.data))
+      self._keep(max(0, len(self.data) - len(last)))
+
+  def show(self, done: bool) -> Piece:
+    """What was not shown yet: complete characters, no start of a stop string.
+
+    Args: done: the row ends here; what was held back is shown too.
+    """
     if done:
-      self.reason = self.reason or "length"
-    else:
+      self.end("length")
+    start, end = self._shown, len(self.data)
+    if not done:
       held = [
         size
         for text in self.stop
@@ -49,27 +96,58 @@ class RowText:
         if self.data.endswith(text[:size])
       ]
       end -= max(held, default=0)
-    new = bytes(self.data[self._shown : end])
-    self._shown = max(self._shown, end)
-    return self._decoder.decode(new, final=done)
+    new = bytes(self.data[start:end])
+    before = self._waiting
+    if not done:
+      size = len(utf8.unfinished(before + new))
+      if size > len(new):
+        before, new = b"", b""  # still inside the prompt's last character
+      else:
+        self._waiting = b""
+        new = new[: len(new) - size]
+    self._shown = end = start + len(new)
+    return Piece(
+      text=(before + new).decode("utf-8", errors="replace"),
+      start=start,
+      data=new,
+      logprobs=self.logprobs[start:end],
+      top_logprobs=self.top_logprobs[start:end],
+    )
 
 
 def hand_out(
   texts: Sequence[RowText],
   output: Output,
+  count_B: np.ndarray,
   done_B: np.ndarray,
-  on_text: OnText | None,
+  top: Top | None,
+  on_piece: OnPiece | None,
 ) -> None:
-  """Adds what one call of the loop generated, and shows what may be shown."""
+  """Adds what one call of the loop generated, and shows what may be shown.
+
+  Args: count_B, done_B: of the state after the call. top: as it was then.
+  """
   for b, text in enumerate(texts):
     if text.reason is not None:
       continue
-    for t in range(int(output.count_B[b])):
+    new = int(output.count_B[b])
+    for t in range(new):
+      at = int(count_B[b]) - new + t
       text.add(
         int(output.byte_BT[b, t]),
         int(output.level_BT[b, t]),
         float(output.logprob_BT[b, t]),
+        most_likely(top, b, at % top.byte_BTK.shape[1]) if top else None,
       )
-    new = text.show(bool(done_B[b]))
-    if on_text is not None and new:
-      on_text(b, new)
+    piece = text.show(bool(done_B[b]))
+    if on_piece is not None and (piece.text or piece.data):
+      on_piece(b, piece)
+
+
+def most_likely(top: Top, b: int, t: int) -> dict[int, float]:
+  """Of row b at place t: byte to log-probability, best first."""
+  return dict(
+    zip(
+      top.byte_BTK[b, t].tolist(), top.logprob_BTK[b, t].tolist(), strict=True
+    )
+  )

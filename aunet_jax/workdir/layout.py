@@ -9,6 +9,7 @@ import jax
 
 from aunet_jax import config as config_lib
 from aunet_jax.config import Config
+from aunet_jax.terminal import EXIT_BAD_INPUT, Failure
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"  # a copy; only where the model reads tokens
@@ -16,8 +17,10 @@ CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Failure):
   """A checkpoint cannot be written or read; the message says what to do."""
+
+  status = EXIT_BAD_INPUT
 
 
 def steps(workdir: str | Path) -> list[int]:

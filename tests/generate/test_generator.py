@@ -1,81 +1,18 @@
-"""Generation as users meet it: sampling, streaming, scoring, the command."""
-
-import contextlib
-import functools
-import io
-import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+"""Generation as a program uses it: rows, samples, limits, scores."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from aunet_jax.aunet import network, sharding
-from aunet_jax.config import (
-  BOS,
-  EOS,
-  Config,
-  MeshConfig,
-  ModelConfig,
-  StageConfig,
-)
+from aunet_jax.config import EOS, MeshConfig
 from aunet_jax.evaluate import score
-from aunet_jax.generate import __main__ as generate_main
-from aunet_jax.generate import sampling
+from aunet_jax.generate import utf8
 from aunet_jax.generate.generator import Generator
 from aunet_jax.generate.sampling import Sampling
-from aunet_jax.generate.streaming import RowText
 from aunet_jax.splitting.splitter import Splitter
-from aunet_jax.workdir import load
-
-ROOT = Path(__file__).parents[2]
-
-
-def make_config(window=16):
-  stages = (
-    StageConfig(dim=32, num_layers=1, head_dim=16, window=window, capacity=128),
-    StageConfig(
-      dim=64, num_layers=1, head_dim=16, window=8, capacity=64, rule="word@1"
-    ),
-  )
-  return ModelConfig(stages=stages, dtype="float32", num_offsets=4)
-
-
-def make_params(config):
-  """Drawn by NumPy, wide enough that greedy text varies."""
-  rng = np.random.default_rng(1)
-  boxed = jax.eval_shape(lambda: network.init_params(config, jax.random.key(0)))
-
-  def draw(path, x):
-    values = 0.3 * rng.normal(size=x.shape).astype(np.float32)
-    if path[-1].key == "head":
-      values[:, EOS] = 0  # documents go on for long
-    return 1 + values if path[-1].key == "scale" else values
-
-  return jax.tree_util.tree_map_with_path(draw, sharding.unbox(boxed))
-
-
-@functools.cache
-def generator():
-  config = make_config()
-  return Generator(config, make_params(config), Splitter(config.rules))
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  path = tmp_path_factory.mktemp("model")
-  config = make_config()
-  params = jax.tree.map(jnp.asarray, make_params(config))
-  load.save_params(path, Config(model=config), params)
-  return path
-
+from tests.toy_generator import generator, make_config, make_params
 
 # ----- rows are independent -------------------------------------------------
 
@@ -197,88 +134,7 @@ def test_a_sharded_model_writes_the_same():
   assert not spread.sharding.is_fully_replicated
 
 
-# ----- choosing a byte ------------------------------------------------------
-
-
-def draw(logits_V, settings, num=4000):
-  """How often each byte is drawn, from `num` rows that differ in sample."""
-  prompts = [b""] * num
-  choice = sampling.make_choice(settings, prompts, [0] * num, range(num))
-  logits_CV = jnp.tile(jnp.asarray(logits_V)[None], (num, 1))
-  zero_C = jnp.zeros((num,), jnp.int32)
-  rows_C = jnp.arange(num, dtype=jnp.int32)
-  _, byte_C, logprob_C, _ = jax.jit(sampling.choose)(
-    choice, logits_CV, zero_C, rows_C
-  )
-  return np.bincount(np.asarray(byte_C), minlength=258), np.asarray(logprob_C)
-
-
-LOGITS = np.full(258, -np.inf, np.float32)
-LOGITS[[65, 66, 67, 68]] = np.log([0.5, 0.25, 0.15, 0.1])
-
-
-@pytest.mark.parametrize(
-  "settings, expected",
-  [
-    (Sampling(), [0.5, 0.25, 0.15, 0.1]),
-    (Sampling(temperature=0.5), np.array([25, 6.25, 2.25, 1]) / 34.5),
-    (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]),
-    (Sampling(top_p=0.7), [2 / 3, 1 / 3, 0, 0]),
-    (Sampling(top_p=0.01), [1, 0, 0, 0]),
-    (Sampling(min_p=0.25), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
-    (Sampling(top_k=3, min_p=0.4), [2 / 3, 1 / 3, 0, 0]),
-    (Sampling(temperature=0), [1, 0, 0, 0]),
-  ],
-)
-def test_bytes_come_as_often_as_they_should(settings, expected):
-  counts, logprobs = draw(LOGITS, settings)
-  # 4000 draws: five standard deviations are below 0.04.
-  np.testing.assert_allclose(counts[65:69] / 4000, expected, atol=0.04)
-  assert counts[65:69].sum() == 4000
-  if settings.temperature == 0:
-    np.testing.assert_allclose(logprobs, np.log(0.5), atol=1e-5)
-
-
-def test_bos_is_never_drawn():
-  logits = np.zeros(258, np.float32)
-  logits[BOS] = 50
-  counts, _ = draw(logits, Sampling())
-  assert counts[BOS] == 0
-  counts, _ = draw(logits, Sampling(temperature=0), num=1)
-  assert counts[BOS] == 0
-
-
-@pytest.mark.parametrize("length", [2, 3, 5])
-@given(
-  prompt=st.text("ab", max_size=40).map(str.encode),
-  wishes=st.text("ab", min_size=60, max_size=60).map(str.encode),
-)
-@settings(max_examples=10, deadline=None)
-def test_no_run_of_bytes_is_written_twice(length, prompt, wishes):
-  settings = Sampling(temperature=0, no_repeat=length)
-  choice = sampling.make_choice(settings, [prompt], [0], [0])
-  text = bytearray(prompt)
-  choose = jit_choose()
-  for count, wish in enumerate(wishes):
-    logits = np.zeros((1, 258), np.float32)
-    logits[0] = -np.arange(258) / 256  # an order without ties; BOS, EOS last
-    logits[0, wish] = 5
-    choice, byte_C, _, _ = choose(
-      choice, logits, np.array([count], np.int32), np.array([0], np.int32)
-    )
-    seen = {bytes(text[i : i + length]) for i in range(len(text) - length + 1)}
-    tail = bytes(text[-(length - 1) :]) if len(text) >= length - 1 else None
-    repeats = tail is not None and tail + bytes([wish]) in seen
-    assert (int(byte_C[0]) == wish) != repeats
-    text.append(int(byte_C[0]))
-
-
-@functools.cache
-def jit_choose():
-  return jax.jit(sampling.choose)
-
-
-# ----- stopping and streaming -----------------------------------------------
+# ----- where a row ends ------------------------------------------------------
 
 
 def test_a_stop_string_ends_the_row_and_is_cut_off():
@@ -304,38 +160,6 @@ def test_eos_ends_the_row():
   assert all(len(row.data) == 100 for row in rows if row.reason == "length")
 
 
-@given(
-  text=st.text("aé中😀", max_size=12),
-  cuts=st.lists(st.integers(0, 48), max_size=6),
-)
-def test_no_character_is_split_on_screen(text, cuts):
-  data = text.encode()
-  row, shown, position = RowText(), [], 0
-  for cut in [*sorted(cuts), len(data)]:
-    for byte in data[position:cut]:
-      row.add(byte, 0, 0.0)
-    position = max(position, min(cut, len(data)))
-    shown.append(row.show(done=False))
-    assert "\ufffd" not in shown[-1]
-  shown.append(row.show(done=True))
-  assert "".join(shown) == text
-
-
-@given(text=st.text("ab|", max_size=12), cut=st.integers(0, 12))
-def test_no_start_of_a_stop_string_is_shown(text, cut):
-  data, stop = text.encode(), b"ab|"
-  row, shown = RowText([stop]), ""
-  for number, byte in enumerate(data):
-    if row.reason is None:
-      row.add(byte, 0, 0.0)
-    if number == cut:
-      shown += row.show(done=row.reason is not None)
-  shown += row.show(done=True) if row.reason is None or cut < len(data) else ""
-  expected = data.split(stop)[0].decode()
-  assert expected.startswith(shown) or shown == expected
-  assert bytes(row.data).decode() == expected
-
-
 def test_ctrl_c_keeps_what_was_written():
   def interrupt(row, text):
     raise KeyboardInterrupt
@@ -345,24 +169,67 @@ def test_ctrl_c_keeps_what_was_written():
   assert 0 < len(row.data) < 5000
 
 
+def test_every_part_of_choosing_works_together():
+  """UTF-8, several stop strings and the most likely bytes, in one batch."""
+  prompts = [b"one", "é".encode()[:1], "😀".encode()[:2], b"\xff"]
+  pieces = [[] for _ in range(16)]
+
+  def generate(stop, seed):
+    return generator().generate(
+      prompts,
+      num_samples=4,
+      max_bytes=40,
+      seed=seed,
+      stop=stop,
+      settings=Sampling(temperature=2, utf8=True, no_repeat=4),
+      top_logprobs=3,
+      on_piece=lambda row, piece: pieces[row].append(piece),
+    )
+
+  # Stop strings that come: one inside a character, one of its last bytes.
+  stop = [b"\x80", "ü".encode(), b"\x01\x02"]
+  rows = generate(stop, np.int64(3))
+  assert {row.reason for row in rows} >= {"stop", "length"}
+  for row, shown in zip(rows, pieces, strict=True):
+    open_bytes = utf8.unfinished(row.prompt)
+    assert not any(text in row.data for text in stop)
+    if row.data or not open_bytes:
+      assert (open_bytes + row.data).decode() == row.text
+    assert b"".join(piece.data for piece in shown) == row.data
+    assert "".join(piece.text for piece in shown) == row.text
+    assert len(row.logprobs) == len(row.top_logprobs) == len(row.data)
+    for byte, logprob, top in zip(
+      row.data, row.logprobs, row.top_logprobs, strict=True
+    ):
+      values = list(top.values())
+      assert len(top) == 3 and values == sorted(values, reverse=True)
+      assert top.get(byte, logprob) == pytest.approx(logprob, abs=1e-5)
+      assert byte in top or logprob <= values[-1] + 1e-5
+  # The parallel pass over what was written finds the same bytes likely.
+  whole = rows[0].prompt + rows[0].data
+  (again,) = generator().generate([whole], max_bytes=1, top_logprobs=3)
+  for ours, theirs in zip(
+    rows[0].prompt_top_logprobs + rows[0].top_logprobs,
+    again.prompt_top_logprobs,
+    strict=True,
+  ):
+    assert list(ours) == list(theirs)
+    np.testing.assert_allclose([*ours.values()], [*theirs.values()], atol=1e-4)
+
+
+def test_numbers_of_numpy_are_numbers():
+  plain = generator().generate([b"x", b"y"], max_bytes=9, seed=[2, 3])
+  for seed in (np.array([2, 3]), (np.uint8(2), np.int64(3))):
+    rows = generator().generate([b"x", b"y"], max_bytes=np.int32(9), seed=seed)
+    assert [row.data for row in rows] == [row.data for row in plain]
+  for seed in (np.int64(2), np.array(2), np.uint32(2), jnp.int32(2)):
+    (row,) = generator().generate(
+      [b"x"], max_bytes=9, seed=seed, num_samples=np.int64(1)
+    )
+    assert row.data == plain[0].data
+
+
 # ----- requests that cannot be met ------------------------------------------
-
-
-@pytest.mark.parametrize(
-  "change, message",
-  [
-    (dict(temperature=-1), "temperature=-1"),
-    (dict(temperature=float("nan")), "temperature=nan"),
-    (dict(top_k=0), "top_k=0"),
-    (dict(top_p=0), "top_p=0"),
-    (dict(top_p=1.5), "top_p=1.5"),
-    (dict(min_p=-0.1), "min_p=-0.1"),
-    (dict(no_repeat=1), "no_repeat=1"),
-  ],
-)
-def test_settings_out_of_range_are_refused(change, message):
-  with pytest.raises(ValueError, match=message):
-    Sampling(**change)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +241,18 @@ def test_settings_out_of_range_are_refused(change, message):
     (dict(num_samples=0), "num_samples=0"),
     (dict(seed=[1, 2]), "2 seeds for 1"),
     (dict(seed=-1), "seed=-1"),
+    (dict(seed=2**32), "seed=4294967296"),
+    (dict(seed=1.5), "seed must be an integer, not a float"),
+    (dict(seed="1"), "seed must be an integer, not a str"),
+    (dict(seed=[[1]]), "seed must be an integer, not a list"),
+    (dict(max_bytes=2.5), "max_bytes must be an integer"),
+    (dict(max_bytes=10**12), "max_bytes=1000000000000 is more"),
+    (dict(num_samples=1.0), "num_samples must be an integer"),
+    (dict(max_positions=0), "max_positions=0"),
+    (dict(top_logprobs=21), "top_logprobs=21"),
+    (dict(prompts=b"text"), "bytes"),
+    (dict(stop=b"ab"), "list"),
+    (dict(stop=["ab"]), "is a str"),
     (dict(stop=[b""]), "stop string"),
     (dict(schedule="fast"), "schedule='fast'"),
     (dict(levels="rules"), "levels='rules'"),
@@ -401,85 +280,3 @@ def test_a_stage_that_sees_everything_limits_the_length():
     score.score(
       config, limited.params, Splitter(config.rules), [(b"x" * 200, b"y")]
     )
-
-
-# ----- the command ----------------------------------------------------------
-
-
-def command(*arguments, stdin=""):
-  """(exit status, stdout, stderr) of `main`, in this process."""
-  out, err = io.StringIO(), io.StringIO()
-  old, sys.stdin = sys.stdin, io.StringIO(stdin)
-  try:
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      status = generate_main.main([str(argument) for argument in arguments])
-  finally:
-    sys.stdin = old
-  return status, out.getvalue(), err.getvalue()
-
-
-def test_the_command_prints_the_prompt_and_its_continuation(workdir):
-  flags = ("--prompt=ab c", "--max_bytes=24", "--temperature=0.7", "--seed=3")
-  status, text, _ = command(f"--workdir={workdir}", *flags)
-  assert status == 0 and text.startswith("ab c") and len(text) > 10
-  status, again, _ = command("--workdir", workdir, *flags, "--top_p", "1")
-  assert again == text
-  status, line, _ = command(f"--workdir={workdir}", *flags, "--json")
-  record = json.loads(line)
-  assert "ab c" + record["text"] + "\n" == text
-  assert len(record["bytes"]) == len(record["logprobs"]) == 24
-
-
-def test_an_empty_prompt_is_refused_and_none_starts_a_document(workdir):
-  status, _, error = command(f"--workdir={workdir}", "--prompt=")
-  assert status == 2 and error.startswith("error: --prompt is empty")
-  status, text, _ = command(f"--workdir={workdir}", "--max_bytes=8")
-  assert status == 0 and text.strip()
-
-
-def test_interactive_goes_on_until_the_input_ends(workdir):
-  status, text, _ = command(
-    f"--workdir={workdir}",
-    "--max_bytes=8",
-    "--interactive",
-    stdin="first\n\nsecond\n",
-  )
-  assert status == 0
-  assert text.count("> ") >= 4 and "(new document)" in text
-
-
-@pytest.mark.parametrize(
-  "flags, message",
-  [
-    (("--temperature=-1",), "temperature=-1"),
-    (("--top_p=2",), "top_p=2"),
-    (("--max_bytes=0",), "max_bytes=0"),
-    (("--samples=0",), "num_samples=0"),
-  ],
-)
-def test_bad_flags_are_errors_without_a_traceback(workdir, flags, message):
-  status, _, error = command(f"--workdir={workdir}", "--prompt=x", *flags)
-  assert status == 2 and message in error and "Traceback" not in error
-
-
-def test_a_workdir_without_a_model_is_an_error(tmp_path):
-  for path in (tmp_path, tmp_path / "nowhere"):
-    status, _, error = command(f"--workdir={path}", "--prompt=x")
-    assert status == 2 and str(path) in error
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_command_cleanly(workdir):
-  process = subprocess.Popen(
-    [sys.executable, "-m", "aunet_jax.generate", f"--workdir={workdir}"]
-    + ["--prompt=abc ", "--max_bytes=100000000"],
-    cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-  )
-  assert process.stdout.read(40)  # it writes
-  process.send_signal(signal.SIGINT)
-  out, err = process.communicate(timeout=120)
-  assert process.returncode == 130
-  assert b"Traceback" not in err

@@ -1,0 +1,115 @@
+"""Text on its way to a reader: complete characters, nothing past a stop."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aunet_jax.config import EOS
+from aunet_jax.generate import utf8
+from aunet_jax.generate.decode import Output
+from aunet_jax.generate.sampling import Top
+from aunet_jax.generate.streaming import RowText, hand_out
+
+TEXT = st.text("ab|aé中😀", max_size=10).map(str.encode)
+# Few byte values, so that stop strings, and pieces of characters, do come.
+STOP = st.lists(
+  st.sampled_from([b"\xa9", b"\xb8\xad", b"\xad", b"\x9f\x98", b"\xc3"])
+  | st.binary(min_size=1, max_size=3)
+  | st.text("ab|é中", max_size=3).map(str.encode)
+).map(lambda texts: [text for text in texts if text])
+CUTS = st.sets(st.integers(0, 40))
+
+
+def cut_off(data: bytes, stop: list[bytes]) -> tuple[bytes, str]:
+  """The rule in four lines: (what is kept, the reason)."""
+  for size in range(1, len(data) + 1):
+    ended = [text for text in stop if data[:size].endswith(text)]
+    if ended:
+      return data[: size - max(map(len, ended))], "stop"
+  return data, "length"
+
+
+def feed(row: RowText, data: bytes, cuts: set[int]):
+  """Pieces as they come when the row is shown after `cuts` bytes."""
+  pieces = []
+  for number, byte in enumerate(data):
+    if number in cuts:
+      pieces.append(row.show(done=False))
+    if row.reason is None:
+      row.add(byte, number % 4, -float(number), {byte: -float(number)})
+  return pieces, row.show(done=True)
+
+
+@given(prompt=st.binary(max_size=5) | TEXT, data=TEXT, stop=STOP, cuts=CUTS)
+def test_pieces_are_the_text_up_to_a_stop_string(prompt, data, stop, cuts):
+  row = RowText(stop, prompt)
+  pieces, last = feed(row, data, cuts)
+  kept, reason = cut_off(data, stop)
+  assert (bytes(row.data), row.reason) == (kept, reason)
+  assert b"".join(piece.data for piece in [*pieces, last]) == kept
+  begun = prompt.removesuffix(utf8.unfinished(prompt)).decode(errors="replace")
+  shown = "".join(piece.text for piece in [*pieces, last])
+  assert begun + shown == (prompt + kept).decode(errors="replace")
+  # Every byte keeps its own numbers.
+  assert row.levels == [n % 4 for n in range(len(kept))]
+  for piece in [*pieces, last]:
+    numbers = range(piece.start, piece.start + len(piece.data))
+    assert piece.logprobs == [-n for n in numbers]
+    assert piece.top_logprobs == [{data[n]: -n} for n in numbers]
+
+
+@given(data=TEXT, cuts=CUTS)
+def test_no_character_is_split_on_screen(data, cuts):
+  pieces, last = feed(RowText(), data, cuts)
+  for piece in [*pieces, last]:
+    assert piece.data.decode() == piece.text
+
+
+@given(prompt=TEXT, size=st.integers(0, 3), data=TEXT, stop=STOP, cuts=CUTS)
+def test_whole_characters_leave_no_part_of_one(prompt, size, data, stop, cuts):
+  prompt, data = prompt + data[:size], data[size:]  # anywhere in a character
+  row = RowText(stop, prompt, whole_characters=True)
+  pieces, last = feed(row, data, cuts)
+  kept, _ = cut_off(data, stop)
+  result = bytes(row.data)
+  assert kept.startswith(result) and len(kept) - len(result) < 4
+  # A stop string inside the prompt's own last character leaves it open.
+  if result or not utf8.unfinished(prompt):
+    (prompt + result).decode()
+  assert len(row.logprobs) == len(row.levels) == len(result)
+  assert b"".join(piece.data for piece in [*pieces, last]) == result
+
+
+def test_the_longest_of_two_stop_strings_is_cut_off():
+  for stop in ([b"b|", b"ab|", b"|"], [b"|", b"ab|", b"b|"]):
+    row = RowText(stop)
+    feed(row, b"aab|", set())
+    assert (bytes(row.data), row.reason) == (b"a", "stop")
+
+
+def test_eos_and_the_end_of_a_call_are_told_apart():
+  def output(*bytes_T):
+    one = np.array([bytes_T])
+    return Output(np.array([len(bytes_T)]), one, 0 * one, -1.0 * one)
+
+  row, pieces = RowText([b"zz"]), []
+  ring = Top(np.arange(6).reshape(1, 3, 2), -np.arange(6.0).reshape(1, 3, 2))
+
+  def call(count, done, *bytes_T):
+    hand_out(
+      [row],
+      output(*bytes_T),
+      np.array([count]),
+      np.array([done]),
+      ring,
+      lambda b, piece: pieces.append((b, piece.text)),
+    )
+
+  call(2, False, 97, 122)
+  assert pieces == [(0, "a")] and row.reason is None
+  call(4, True, 98, EOS)
+  assert pieces == [(0, "a"), (0, "zb")] and row.reason == "eos"
+  call(4, True, 99)  # a row that has ended gets nothing more
+  assert bytes(row.data) == b"azb"
+  # Bytes 0, 1 and 2 lie at their numbers in the ring.
+  assert [list(top) for top in row.top_logprobs] == [[0, 1], [2, 3], [4, 5]]
