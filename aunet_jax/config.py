@@ -39,6 +39,7 @@ ATTENTIONS = ("auto", "xla", "splash", "triton")
 
 
 SCHEDULES = ("cosine", "wsd", "constant")
+OPTIMIZERS = ("adamw", "muon")
 
 
 DTYPES = ("float32", "bfloat16")
@@ -293,8 +294,9 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW as in the paper's Tables 6 and 11."""
+  """AdamW as in the paper's Tables 6 and 11, or Muon."""
 
+  name: str = "adamw"  # adamw, muon
   learning_rate: float = 1.65e-3
   schedule: str = "cosine"  # cosine, wsd (warmup-stable-decay), constant
   warmup_steps: int = 100
@@ -304,14 +306,16 @@ class OptimizerConfig:
   beta1: float = 0.9
   beta2: float = 0.95
   eps: float = 1e-8
+  momentum: float = 0.95  # Muon's, of matrices; beta1 and beta2 of the others
   clip_norm: float = 0.2  # global gradient norm (Table 6)
 
   def __post_init__(self):
+    _check_choice("optimizer.name", self.name, OPTIMIZERS)
     _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
     _check_positive("optimizer.learning_rate", self.learning_rate)
     _check_positive("optimizer.clip_norm", self.clip_norm)
     _check_positive("optimizer.eps", self.eps)
-    for name in ("beta1", "beta2", "final_ratio"):
+    for name in ("beta1", "beta2", "momentum", "final_ratio"):
       _check_range(f"optimizer.{name}", getattr(self, name), 0, 1)
     for name in ("warmup_steps", "weight_decay"):
       _check_range(f"optimizer.{name}", getattr(self, name), 0)

@@ -79,7 +79,7 @@ def curve(dtype: str, seed: int, num_steps: int) -> list[float]:
       learning_rate=4e-3, warmup_steps=20, clip_norm=1.0
     ),
   )
-  tx = optimizer.make_optimizer(config.optimizer, num_steps)
+  tx = optimizer.make_optimizer(config)
   mesh = sharding.make_mesh(config_lib.MeshConfig(data=1), jax.devices()[:1])
   train_state = state.create_state(model, tx, mesh, seed)
   _, shardings = state.abstract_state(model, tx, mesh)

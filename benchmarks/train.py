@@ -108,7 +108,7 @@ def fits(compiled, device) -> bool:
 def prepare(model: ModelConfig, num_rows: int):
   """The compiled step, its config and a batch; the state is not made yet."""
   config = Config(model=model)
-  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  tx = optimizer.make_optimizer(config)
   mesh = sharding.make_mesh(config_lib.MeshConfig(data=1), jax.devices()[:1])
   abstract, shardings = state.abstract_state(model, tx, mesh)
   batch = jax.device_put(

@@ -168,6 +168,12 @@ def unbox(tree):
 
 def tree_shardings(boxed, mesh: Mesh):
   """NamedSharding of every leaf of a tree of boxed (logical) values."""
+  # An optimizer that leaves a parameter out masks the value inside its box.
+  boxed = jax.tree.map(
+    lambda x: x if jax.tree.leaves(x) else unbox(x),
+    boxed,
+    is_leaf=lambda x: isinstance(x, nn.Partitioned),
+  )
   specs = nn.get_partition_spec(boxed)
   return nn.logical_to_mesh_sharding(specs, mesh, RULES)
 

@@ -142,7 +142,7 @@ def _compile(lowered):
 
 def compile_train(config: Config, mesh):
   """The training step as `train` compiles it, for abstract arguments."""
-  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  tx = optimizer.make_optimizer(config)
   abstract, shardings = state.abstract_state(config.model, tx, mesh)
   row = jax.ShapeDtypeStruct(
     (config.train.batch_size, config.model.capacities[0]),

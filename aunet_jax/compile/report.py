@@ -37,7 +37,7 @@ def flops_per_device(config: Config, mesh) -> dict:
 
 def _parameter_sizes(config: Config, mesh) -> set[int]:
   """Elements that the arrays of a gather or a gradient's sum may have."""
-  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  tx = optimizer.make_optimizer(config)
   abstract, shardings = state.abstract_state(config.model, tx, mesh)
   sizes = set()
   leaves = jax.tree.leaves_with_path(abstract.params)

@@ -1,8 +1,12 @@
-"""AdamW with warmup and cosine or warmup-stable-decay (paper Tables 6, 11)."""
+"""AdamW (paper Tables 6, 11) or Muon, and their learning-rate schedules."""
 
+import flax.linen as nn
+import jax
 import optax
+from optax import contrib
 
-from aunet_jax.config import OptimizerConfig
+from aunet_jax.aunet.network import init_params
+from aunet_jax.config import Config, ModelConfig, OptimizerConfig
 
 
 def learning_rate_schedule(
@@ -44,21 +48,63 @@ def learning_rate_schedule(
   return lambda count: schedule(count + 1)
 
 
-def make_optimizer(
-  config: OptimizerConfig, num_steps: int
-) -> optax.GradientTransformation:
-  """Global-norm clipping, then AdamW.
+def matrices(model: ModelConfig) -> dict:
+  """Which parameters are matrices, and along which of their dims.
+
+  Read off the logical dims that parameters are made with: "embed" is the
+  residual width; layers of a stack and offsets of an upsampling are matrices
+  of their own; heads belong to one matrix. Tables of bytes or of offsets, the
+  head and norms are none.
+
+  Returns: a tree like the parameters of MuonDimensionNumbers, None for the
+    parameters that are no matrices.
+  """
+
+  def dimensions(box):
+    dims = [
+      i for i, name in enumerate(box.names) if name not in ("layers", "offset")
+    ]
+    names = [box.names[i] for i in dims]
+    if len(dims) < 2 or "embed" not in names:
+      return None
+    cut = 1 if names[0] == "embed" else -1
+    return contrib.MuonDimensionNumbers(tuple(dims[:cut]), tuple(dims[cut:]))
+
+  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  return jax.tree.map(
+    dimensions, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+  )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+  """Global-norm clipping, then the optimizer that the config names.
 
   Weight decay acts on every parameter, norms and embeddings included, as in
-  the official code.
+  the official code. Muon (Jordan et al. 2024) orthogonalises the updates of
+  `matrices`, each scaled to the root mean square that AdamW's updates have
+  (arXiv 2502.16982, Section 2.2: 0.2), so that one learning rate serves both;
+  the other parameters get AdamW.
   """
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      learning_rate_schedule(config, num_steps),
-      b1=config.beta1,
-      b2=config.beta2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-    ),
-  )
+  settings = config.optimizer
+  schedule = learning_rate_schedule(settings, config.train.num_steps)
+  decay = settings.weight_decay
+  if settings.name == "adamw":
+    update = optax.adamw(
+      schedule,
+      b1=settings.beta1,
+      b2=settings.beta2,
+      eps=settings.eps,
+      weight_decay=decay,
+    )
+  else:
+    update = contrib.muon(
+      schedule,
+      beta=settings.momentum,
+      weight_decay=decay,
+      adam_b1=settings.beta1,
+      adam_b2=settings.beta2,
+      adam_weight_decay=decay,
+      muon_weight_dimension_numbers=matrices(config.model),
+      consistent_rms=0.2,
+    )
+  return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)

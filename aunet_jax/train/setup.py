@@ -135,7 +135,7 @@ def prepare(config: Config, workdir: Path) -> Setup:
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config, mesh)
   say(attention.describe(config.model.stages, sharding.platform(mesh)))
-  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  tx = optimizer.make_optimizer(config)
   splitter = Splitter(config.model.rules)
   tokenizer = open_tokenizer(config)
   newest = checkpoints.choose(workdir, say)

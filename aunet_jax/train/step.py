@@ -24,7 +24,7 @@ def measure_flops_per_second(config: Config, repeats: int = 3) -> float:
   from aunet_jax.train import optimizer, state
 
   mesh = sharding.make_mesh(config.mesh)
-  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  tx = optimizer.make_optimizer(config)
   train_state = state.create_state(config.model, tx, mesh, 0)
   shape = (config.train.batch_size, config.model.capacities[0])
   rng = np.random.default_rng(0)

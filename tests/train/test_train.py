@@ -129,7 +129,7 @@ def step_on(mesh_config, config, batch, num_steps=1):
   sizes = [mesh_config.data, mesh_config.fsdp, mesh_config.tensor]
   devices = jax.devices()[: int(np.prod(sizes))]
   mesh = sharding.make_mesh(mesh_config, devices)
-  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  tx = optimizer.make_optimizer(config)
   train_state = state.create_state(config.model, tx, mesh, config.seed)
   where = sharding.batch_sharding(mesh)
   placed = {k: jax.device_put(v, where) for k, v in batch.items()}
@@ -149,7 +149,7 @@ def step_on(mesh_config, config, batch, num_steps=1):
 
 def test_step_is_adamw_on_the_mean_over_all_targets(batch):
   config = tiny()
-  tx = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
+  tx = optimizer.make_optimizer(config)
   params = new_params(config.model, jax.random.key(config.seed))
   model = AUNet(config.model)
 
@@ -201,7 +201,7 @@ def test_microbatches_equal_one_batch(batch):
 
 def test_no_large_parameter_is_replicated_by_accident():
   config = tiny()
-  tx = optimizer.make_optimizer(config.optimizer, 10)
+  tx = optimizer.make_optimizer(config)
   mesh = sharding.make_mesh(config_lib.MeshConfig(data=1, fsdp=4, tensor=2))
   abstract, shardings = state.abstract_state(config.model, tx, mesh)
   whole = []
@@ -219,7 +219,7 @@ def test_no_large_parameter_is_replicated_by_accident():
 
 def test_a_step_that_is_not_finite_changes_nothing(batch):
   config = tiny()
-  tx = optimizer.make_optimizer(config.optimizer, 10)
+  tx = optimizer.make_optimizer(config)
   params = new_params(config.model, jax.random.key(0))
   params["head"] = params["head"].at[0, 0].set(jnp.inf)
   zero = jnp.zeros((), jnp.int32)
