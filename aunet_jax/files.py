@@ -65,6 +65,10 @@ class Lock:
       ) from None
     return True
 
+  def fileno(self) -> int:
+    """The descriptor: a child process that inherits it holds the lock too."""
+    return self._file
+
   def close(self) -> None:
     os.close(self._file)
 

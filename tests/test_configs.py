@@ -9,7 +9,7 @@ import pytest
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import counts, sharding
 from aunet_jax.aunet.network import AUNet
-from aunet_jax.scaling import laws
+from tests.scaling.published_runs import FIXED_BUDGET_RUNS
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 # Billions of parameters: sums over the shapes of the paper's Table 9.
@@ -57,7 +57,7 @@ def test_every_sized_config_exists():
 @pytest.mark.parametrize("name", RUNS)
 def test_a_published_config_is_the_published_run(name):
   config = load(name)
-  (run,) = [r for r in laws.FIXED_BUDGET_RUNS if r.name == RUNS[name]]
+  (run,) = [r for r in FIXED_BUDGET_RUNS if r.name == RUNS[name]]
   assert config.train.num_steps == run.num_steps
   assert config.train.batch_size * run.length == run.units_per_step
   assert config.optimizer.learning_rate == run.learning_rate

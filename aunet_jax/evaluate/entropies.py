@@ -73,7 +73,8 @@ def _values(entropy_N: np.ndarray, mode: str) -> np.ndarray:
 
 
 def _threshold(value_N: np.ndarray, bytes_per_segment: float) -> int:
-  """The integer that as close to 1 in so many values are above."""
+  """The value that is exceeded by the share of values nearest to
+  1 / bytes_per_segment."""
   candidates = np.unique(value_N)
   above = 1 - np.searchsorted(np.sort(value_N), candidates, side="right") / len(
     value_N

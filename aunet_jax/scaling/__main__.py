@@ -37,26 +37,17 @@ import os
 import platform
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
 
-from aunet_jax import config as config_lib
+from aunet_jax import terminal
 from aunet_jax.data import sources
 from aunet_jax.data.tokenizer import Tokenizer
-from aunet_jax.scaling import analysis, collect, laws, report, summary
+from aunet_jax.scaling import analysis, collect, laws, report, study, summary
+from aunet_jax.scaling import plan as plan_lib
 from aunet_jax.scaling import run as run_lib
-from aunet_jax.scaling.plan import (
-  MODELS,
-  Sample,
-  make_cells,
-  read_laws,
-  show_plan,
-  warnings_of,
-  write,
-)
-from aunet_jax.scaling.run import command, read_state, read_study
+from aunet_jax.scaling.sample import Sample
 from aunet_jax.train import step
 
 
@@ -96,7 +87,7 @@ def _add_plan_arguments(parser, sweeps: bool) -> None:
     help="directory to write"
     + ("" if sweeps else "; left out: only show the plan"),
   )
-  add("--models", required=True, help=MODELS + ", joined by commas")
+  add("--models", required=True, help=plan_lib.MODELS + ", joined by commas")
   add(
     "--budgets",
     required=True,
@@ -199,7 +190,7 @@ needs no network and no JavaScript.
 
   python -m aunet_jax.scaling plot runs/study --out=runs/study/report
 
-  # make a committed study's fits and figures anew from its numbers
+  # make a committed study's fits and figures again from its numbers
   python -m aunet_jax.scaling plot docs/study/numbers.jsonl --out=docs/study
 
 The same numbers and options give the same numbers.jsonl, fits.json and
@@ -313,45 +304,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _absolute(paths: str | None) -> str | None:
-  """Files by whole paths, so that a study can be run from anywhere."""
+  """Files by absolute paths, so that a study can be run from anywhere."""
   if paths is None:
     return None
   return ",".join(
     part if part == "python" or sources.is_url(part) else os.path.abspath(part)
     for part in paths.split(",")
   )
-
-
-def _finisher(args: argparse.Namespace):
-  """Puts data, logging and --set into a cell's config."""
-  settings = {
-    "data.train": _absolute(args.data),
-    "data.heldout": _absolute(args.heldout),
-    "train.sample_bytes": 0,
-    "train.tensorboard": False,
-  }
-  flags = [f"--config.{k}={v}" for k, v in settings.items() if v is not None]
-  for item in args.set:
-    if "=" not in item:
-      raise ValueError(f"--set={item}: write --set=train.batch_size=8.")
-    flags.append(f"--config.{item}")
-
-  def finish(config, cell):
-    steps = config.train.num_steps
-    own = [
-      f"--config.train.log_every_steps={max(1, steps // 100)}",
-      f"--config.checkpoint.every_steps={max(1, steps // 10)}",
-      "--config.checkpoint.keep=1",
-    ]
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-      file.write(config.to_json())
-      file.flush()
-      try:
-        return config_lib.parse_flags([f"--config={file.name}", *own, *flags])
-      except ValueError as error:
-        raise ValueError(f"{cell}: {error}") from None
-
-  return finish
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -362,53 +321,52 @@ def plan(args: argparse.Namespace) -> None:
       raise ValueError(f"--{name}={value} must be above 0.")
   if args.study is not None and args.data is None:
     raise ValueError("--data is missing: name the text the study trains on.")
+  data = _absolute(args.data)
   tokenizer = None
   if args.tokenizer is not None:
     tokenizer = Tokenizer(os.path.abspath(args.tokenizer))
-  sample = Sample(_absolute(args.data), args.row_bytes, tokenizer)
+  sample = Sample(data, args.row_bytes, tokenizer)
   path = getattr(args, "laws", None)
-  own_laws = {} if path is None else read_laws(path)
-  cells = make_cells(
-    args.models.split(","),
-    args.budgets,
-    sample=sample,
+  grid = plan_lib.Grid(
+    models=args.models.split(","),
+    budgets=args.budgets,
     sizes=getattr(args, "sizes", [1.0]),
     ratio=args.ratio,
     seeds=args.seeds,
     single_seed_above=args.single_seed_above,
     batch_bytes=args.batch_bytes,
     learning_rates=args.learning_rates,
-    own_laws=own_laws,
-    finish=_finisher(args),
+    own_laws={} if path is None else plan_lib.read_laws(path),
   )
+  settings = plan_lib.Settings(data, _absolute(args.heldout), tuple(args.set))
+  planned = plan_lib.make_runs(grid, sample, settings.apply)
   speed = args.flops_per_second
   if args.calibrate:
-    by_cost = sorted(cells, key=lambda c: c.to_json()["padded_flops"])
-    middle = by_cost[len(cells) // 2]
-    print(f"measuring a step of {middle.id} …", file=sys.stderr, flush=True)
-    speed = step.measure_flops_per_second(middle.config)
-    print(f"measured {speed:.3g} padded FLOPs a second on {middle.id}")
-  print(show_plan(cells, speed, args.price_per_hour))
-  free = args.batch_bytes == [None] or args.learning_rates == [None]
-  for line in warnings_of(cells if free else (), own_laws):
+    by_cost = sorted(planned, key=lambda one: one.run.padded_flops)
+    run, config = by_cost[len(by_cost) // 2]
+    print(f"measuring a step of {run.id} …", file=sys.stderr, flush=True)
+    speed = step.measure_flops_per_second(config)
+    print(f"measured {speed:.3g} padded FLOPs a second on {run.id}")
+  print(plan_lib.show([run for run, _ in planned], speed, args.price_per_hour))
+  for line in plan_lib.warnings_of(grid):
     print(f"warning: {line}")
   if args.study is None:
     return
-  about = {
-    "command": shlex.join(["python", "-m", "aunet_jax.scaling", *sys.argv[1:]]),
-    "data": _absolute(args.data),
-    "data_fingerprint": sample.fingerprint,
-    "tokenizer": None if tokenizer is None else tokenizer.path,
-    "ratio": args.ratio,
-    "flops_per_second": speed,
-    "versions": {
+  about = study.About(
+    command=shlex.join(["python", "-m", "aunet_jax.scaling", *sys.argv[1:]]),
+    data=data,
+    data_fingerprint=sample.fingerprint,
+    tokenizer=None if tokenizer is None else tokenizer.path,
+    ratio=args.ratio,
+    flops_per_second=speed,
+    versions={
       "python": platform.python_version(),
       "jax": jax.__version__,
       "aunet_jax": importlib.metadata.version("aunet_jax"),
     },
-    "cells": [cell.id for cell in cells],
-  }
-  write(args.study, cells, about)
+    cells=tuple(run.id for run, _ in planned),
+  )
+  plan_lib.write(args.study, planned, about)
   print(f"wrote {args.study}: python -m aunet_jax.scaling run {args.study}")
 
 
@@ -416,16 +374,15 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  """Exit status: 0 all done, 1 some failed, 75 some are left."""
+  """Exit status: 0 all done, 1 some failed, EXIT_STOPPED some are left."""
   if args.minutes is not None and not args.minutes > 0:
     raise ValueError(f"--minutes={args.minutes} must be above 0.")
   only = [part for part in args.only.split(",") if part]
   if args.print:
-    _, cells = read_study(args.study)
-    for cell in cells:
-      wanted = not only or any(part in cell.id for part in only)
-      if wanted and read_state(cell)["state"] != "done":
-        print(shlex.join(command(cell, args.study)))
+    for one in study.read_study(args.study)[1]:
+      state = study.read_state(args.study / one.run).state
+      if run_lib.matches(one, only) and state != "done":
+        print(shlex.join(run_lib.command(one, args.study)))
     return 0
   result = run_lib.run(
     args.study,
@@ -438,8 +395,8 @@ def run(args: argparse.Namespace) -> int:
   print(counted)
   if result["failed"]:
     print("--retry runs failed cells again; log.txt in a cell says why it did.")
-    return 1
-  return 75 if result["waiting"] else 0
+    return terminal.EXIT_FAILED
+  return terminal.EXIT_STOPPED if result["waiting"] else 0
 
 
 # ----- fit and plot ---------------------------------------------------------
@@ -461,8 +418,8 @@ def fit(args: argparse.Namespace) -> None:
   if args.out is None:
     return
   args.out.mkdir(parents=True, exist_ok=True)
-  collect.write(table, args.out / collect.NUMBERS_FILE)
-  names = [collect.NUMBERS_FILE]
+  study.write_table(table, args.out / study.NUMBERS_FILE)
+  names = [study.NUMBERS_FILE]
   if args.command == "plot":
     names += report.write(table, result, args.out)
   else:
@@ -471,25 +428,12 @@ def fit(args: argparse.Namespace) -> None:
   print(f"wrote {', '.join(names)} to {args.out}")
 
 
-def main(argv: list[str] | None = None) -> int:
+@terminal.command
+def main(argv: list[str] | None = None) -> int | None:
   args = _parser().parse_args(argv)
-  try:
-    if args.command == "run":
-      return run(args)
-    if args.command in _FITTING:
-      fit(args)
-    else:
-      plan(args)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except OSError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on from here", file=sys.stderr)
-    return 130
-  return 0
+  if args.command == "run":
+    return run(args)
+  return fit(args) if args.command in _FITTING else plan(args)
 
 
 if __name__ == "__main__":

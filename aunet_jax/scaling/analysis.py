@@ -1,9 +1,10 @@
 """What a table of runs says: every fit of every model, and what it cannot say.
 
-The unit of every fit is a cell, a model at one budget and size: its seeds are
-averaged first, so that three seeds do not pass for three budgets. The result
-is plain JSON-able data, the same for the same table and options on any one
-installation; `scaling_report.py` draws it and computes nothing.
+The unit of every fit is a `Point`, a model at one budget and size: its seeds
+are averaged first, so that three seeds do not pass for three budgets. The
+result is what `fits.json` holds, the same for the same table and options on any
+one installation; there a point is called a cell. `report.py` draws it and
+computes nothing.
 """
 
 import dataclasses
@@ -18,17 +19,12 @@ from scipy import stats
 from aunet_jax.scaling import fit
 from aunet_jax.scaling import law_entry as entries
 from aunet_jax.scaling import valleys as parabolas
-from aunet_jax.scaling.collect import Table
+from aunet_jax.scaling.law_entry import Point
+from aunet_jax.scaling.study import Run, Table
 
 FITS_FILE = "fits.json"
-
-
 DIGITS = 5  # of every number written: more would differ between machines
-
-
 SIZES = ("flops_per_byte", "params")
-
-
 MIN_SIZES = 3  # of a budget, for a parabola
 
 
@@ -60,166 +56,164 @@ def analyse(table: Table, options: Options) -> dict:
 
   The result's keys: options, units, excluded, dropped, models, comparison.
   """
-  good = [row for row in table.rows if row["excluded"] is None]
+  good = [run for run in table.rows if run.excluded is None]
   if not good:
-    reasons = "; ".join(
-      f"{row['id']} {row['excluded']}" for row in table.rows[:3]
-    )
+    reasons = "; ".join(f"{run.id} {run.excluded}" for run in table.rows[:3])
     raise ValueError(
       f"no run of the table can be used: {reasons or 'no rows'}."
     )
   size = options.size or (
-    "flops_per_byte" if "flops_per_byte" in good[0] else "params"
+    "params" if good[0].flops_per_byte is None else "flops_per_byte"
   )
-  if any(row.get(size) is None for row in good):
+  if any(getattr(run, size) is None for run in good):
     raise ValueError(
       f"--size={size}: the table does not have it; use "
       f"--size={SIZES[1 - SIZES.index(size)]}."
     )
   dropped = _dropped(good, options)
-  rows = [row for row in good if row["id"] not in dropped]
-  models = {}
-  for row in rows:
-    models.setdefault(row["model"], []).append(row)
-  cells = {name: _cells(some, size) for name, some in models.items()}
+  models: dict[str, list[Run]] = {}
+  for run in good:
+    if run.id not in dropped:
+      models.setdefault(run.model, []).append(run)
+  points = {name: _points(runs, size) for name, runs in models.items()}
   # L-BFGS solves systems of a few rows. With several threads most of the time
   # goes into waking them: a minute for what takes three seconds on one.
   with threadpoolctl.threadpool_limits(1, "blas"):
-    fits = {name: _model(some, options) for name, some in cells.items()}
+    fits = {name: _model(some, options) for name, some in points.items()}
+  measured = all(run.heldout_bytes is not None for run in good)
   result = {
     "options": dataclasses.asdict(options) | {"size": size},
     "units": {
-      "loss": table.about["loss_unit"],
-      "data": table.about["data_unit"],
+      "loss": table.about.loss_unit,
+      "data": table.about.data_unit,
       "size": size,
-      "compute": "useful FLOPs run" if "useful_flops" in good[0] else "FLOPs",
+      "compute": "FLOPs"
+      if good[0].useful_flops is None
+      else "useful FLOPs run",
     },
     "excluded": [
-      {"id": row["id"], "reason": row["excluded"]}
-      for row in table.rows
-      if row["excluded"] is not None
+      {"id": run.id, "reason": run.excluded}
+      for run in table.rows
+      if run.excluded is not None
     ],
     "dropped": [{"id": k, "reason": v} for k, v in dropped.items()],
     "models": fits,
     # Losses of other data or units cannot be set side by side.
-    "comparison": _comparison(cells)
-    if all("heldout_bytes" in row for row in rows)
-    else [],
+    "comparison": _comparison(points) if measured else [],
   }
   return _rounded(result)
 
 
-def _dropped(rows: Sequence[dict], options: Options) -> dict[str, str]:
+def _dropped(runs: Sequence[Run], options: Options) -> dict[str, str]:
   """id -> why the user's options leave it out of the fits."""
-  unknown = set(options.drop) - {row["id"] for row in rows}
+  unknown = set(options.drop) - {run.id for run in runs}
   if unknown:
     raise ValueError(f"--drop: no usable run is called {sorted(unknown)[0]!r}.")
   dropped = {name: "--drop" for name in options.drop}
   if options.drop_flagged:
-    for row in rows:
-      if row.get("flagged"):
-        reason = row.get("flag_reason") or "outlier"
-        dropped.setdefault(row["id"], f"--drop_flagged: {reason}")
-  for model in dict.fromkeys(row["model"] for row in rows):
-    some = [r for r in rows if r["model"] == model and r["id"] not in dropped]
-    some.sort(key=lambda row: -row["loss"])
-    for row in some[: options.drop_highest]:
-      dropped[row["id"]] = "--drop_highest: among the highest losses"
+    for run in runs:
+      if run.flagged:
+        reason = run.flag_reason or "outlier"
+        dropped.setdefault(run.id, f"--drop_flagged: {reason}")
+  for model in dict.fromkeys(run.model for run in runs):
+    some = [r for r in runs if r.model == model and r.id not in dropped]
+    some.sort(key=lambda run: -run.loss)
+    for run in some[: options.drop_highest]:
+      dropped[run.id] = "--drop_highest: among the highest losses"
   return dropped
 
 
-def _cells(rows: Sequence[dict], size: str) -> list[entries.Cell]:
+def _points(runs: Sequence[Run], size: str) -> list[Point]:
   """Runs that differ in their seed alone, together; smallest budget first."""
-  groups = {}
-  for row in rows:
-    keys = ("budget_flops", size, "params", "learning_rate", "batch_bytes")
-    known = tuple(row.get(key) for key in keys)
-    groups.setdefault(known if "seed" in row else row["id"], []).append(row)
-  cells = []
+  groups: dict = {}
+  for run in runs:
+    same = (run.budget_flops, getattr(run, size), run.params)
+    same += (run.learning_rate, run.batch_bytes)
+    groups.setdefault(run.id if run.seed is None else same, []).append(run)
+  points = []
   for some in groups.values():
-    losses = [row["loss"] for row in some]
-    cells.append(
-      entries.Cell(
-        some[0]["id"]
-        if len(some) == 1
-        else f"{some[0]['id']} (+{len(some) - 1})",
-        [row["id"] for row in some],
-        some[0]["budget_flops"],
-        some[0][size],
-        statistics.mean(row["bytes"] for row in some),
-        statistics.mean(
-          row.get("useful_flops", row["budget_flops"]) for row in some
+    first, others = some[0], len(some) - 1
+    losses = [run.loss for run in some]
+    points.append(
+      Point(
+        name=f"{first.id} (+{others})" if others else first.id,
+        ids=[run.id for run in some],
+        budget=first.budget_flops,
+        size=getattr(first, size),
+        data=statistics.mean(run.bytes for run in some),
+        compute=statistics.mean(
+          run.useful_flops or run.budget_flops for run in some
         ),
-        statistics.mean(losses),
-        losses,
-        some[0].get("learning_rate") is not None,
+        loss=statistics.mean(losses),
+        losses=losses,
+        swept=first.learning_rate is not None,
       )
     )
-  return sorted(cells, key=lambda c: (c.budget, c.size, c.name))
+  return sorted(points, key=lambda p: (p.budget, p.size, p.name))
 
 
 def _best_settings(
-  cells: Sequence[entries.Cell],
-) -> tuple[list[entries.Cell], list[entries.Cell]]:
-  """(the best cell of every budget, size and data; the others of a sweep).
+  points: Sequence[Point],
+) -> tuple[list[Point], list[Point]]:
+  """(the best point of every budget, size and data; the others of a sweep).
 
-  Cells of one budget and size differ in learning rate or batch. Published
+  Points of one budget and size differ in learning rate or batch. Published
   points have neither: all of them are kept.
   """
   best = {}
-  for cell in cells:
-    key = (cell.budget, cell.size) if cell.swept else cell.name
-    if key not in best or cell.loss < best[key].loss:
-      best[key] = cell
-  kept = {cell.name for cell in best.values()}
-  return list(best.values()), [cell for cell in cells if cell.name not in kept]
+  for point in points:
+    key = (point.budget, point.size) if point.swept else point.name
+    if key not in best or point.loss < best[key].loss:
+      best[key] = point
+  kept = {point.name for point in best.values()}
+  return list(best.values()), [p for p in points if p.name not in kept]
 
 
-def _model(cells: Sequence[entries.Cell], options: Options) -> dict:
-  cells, others = _best_settings(cells)
-  budgets = sorted({cell.budget for cell in cells})
+def _model(points: Sequence[Point], options: Options) -> dict:
+  points, others = _best_settings(points)
+  budgets = sorted({point.budget for point in points})
   bootstrap = entries.Bootstrap(options.bootstrap, options.seed)
   return {
-    "runs": sum(len(cell.ids) for cell in cells),
-    "cells": [_shown(cell) for cell in cells],
-    "other_settings": [_shown(cell) for cell in others],
+    "runs": sum(len(point.ids) for point in points),
+    "cells": [_shown(point) for point in points],
+    "other_settings": [_shown(point) for point in others],
     "budgets": budgets,
-    "power_law": _power_law(cells, budgets, fit.least_squares, bootstrap),
-    "no_offset": _power_law(cells, budgets, fit.no_offset, bootstrap),
-    "isoflop": _isoflop(cells, budgets, bootstrap),
-    "vpnls": _parametric(cells, fit.least_squares, bootstrap),
-    "huber": _parametric(cells, fit.huber, bootstrap),
+    "power_law": _power_law(points, budgets, fit.least_squares, bootstrap),
+    "no_offset": _power_law(points, budgets, fit.no_offset, bootstrap),
+    "isoflop": _isoflop(points, budgets, bootstrap),
+    "vpnls": _parametric(points, fit.least_squares, bootstrap),
+    "huber": _parametric(points, fit.huber, bootstrap),
   }
 
 
-def _shown(cell: entries.Cell) -> dict:
-  spread = statistics.stdev(cell.losses) if len(cell.losses) > 1 else None
-  return cell._asdict() | {"spread": spread}
+def _shown(point: Point) -> dict:
+  spread = statistics.stdev(point.losses) if len(point.losses) > 1 else None
+  return point._asdict() | {"spread": spread}
 
 
 # ----- the methods ----------------------------------------------------------
 
 
-def _power_law(cells, budgets, function, bootstrap) -> dict:
-  if len(cells) > len(budgets):
+def _power_law(points, budgets, function, bootstrap) -> dict:
+  if len(points) > len(budgets):
     return entries.not_fitted(
       "budgets have several sizes: see the law through the IsoFLOP valleys."
     )
   needed = 2 if function is fit.no_offset else 3
-  if len(cells) < needed:
+  if len(points) < needed:
     return entries.not_fitted(
-      f"{len(cells)} budgets; {needed} parameters need {needed}."
+      f"{len(points)} budgets; {needed} parameters need {needed}."
     )
-  if len(cells) > entries.MANY_BUDGETS and not entries.together(
-    cells, ("size", "data")
+  if len(points) > entries.MANY_BUDGETS and not entries.together(
+    points, ("size", "data")
   ):
     return entries.not_fitted(
       "size varies at any compute: these runs are no ladder."
     )
   law, replicates, entry = entries.fit_law(
-    function, cells, ("compute",), bootstrap
+    function, points, ("compute",), bootstrap
   )
-  compute = np.array([cell.compute for cell in cells])
+  compute = np.array([point.compute for point in points])
   x = entries.grid(compute, 3.0)
   entry["curve"] = entries.curve(x, law, replicates, x[None])
   if compute.max() < 10 * compute.min():
@@ -230,23 +224,25 @@ def _power_law(cells, budgets, function, bootstrap) -> dict:
   return entry
 
 
-def _parametric(cells, function, bootstrap) -> dict:
+def _parametric(points, function, bootstrap) -> dict:
   names = ("size", "data")
-  if len(cells) < 5:
-    return entries.not_fitted(f"{len(cells)} cells; five parameters need five.")
-  if entries.together(cells, names):
+  if len(points) < 5:
+    return entries.not_fitted(
+      f"{len(points)} cells; five parameters need five."
+    )
+  if entries.together(points, names):
     return entries.not_fitted(
       "size and data rise together in these runs, so their shares of the loss "
       "cannot be told apart; plan an IsoFLOP grid (--sizes)."
     )
-  law, replicates, entry = entries.fit_law(function, cells, names, bootstrap)
+  law, replicates, entry = entries.fit_law(function, points, names, bootstrap)
   constant = float(
-    np.median([cell.budget / (cell.size * cell.data) for cell in cells])
+    np.median([point.budget / (point.size * point.data) for point in points])
   )
   entry["compute_per_size_and_data"] = constant
   entry["allocation"] = _allocation(law, replicates, constant)
   if min(law.coefficients) > 0:
-    compute = entries.grid(np.array([cell.budget for cell in cells]), 3.0)
+    compute = entries.grid(np.array([point.budget for point in points]), 3.0)
     best = fit.allocation(law, constant)
     size = np.exp(best.size_log_factor) * compute**best.size_exponent
     data = compute / (constant * size)
@@ -275,10 +271,10 @@ def _allocation(law, replicates, constant) -> dict:
   return entry
 
 
-def _isoflop(cells, budgets, bootstrap) -> dict:
+def _isoflop(points, budgets, bootstrap) -> dict:
   warnings, valleys, shown = [], [], []
   for budget in budgets:
-    some = [cell for cell in cells if cell.budget == budget]
+    some = [point for point in points if point.budget == budget]
     size, data, loss = entries.columns(some, "size", "data", "loss")
     if len(set(size.tolist())) < MIN_SIZES:
       continue
@@ -390,14 +386,12 @@ def _loss_law(compute, loss, bootstrap) -> dict:
     return entries.not_fitted(
       f"{compute.size} valleys; three parameters need three."
     )
-  cells = [
-    entries.Cell(
-      f"valley at {c:.3g} FLOPs", [], c, 1.0, 1.0, c, float(v), [float(v)]
-    )
+  points = [
+    Point(f"valley at {c:.3g} FLOPs", [], c, 1.0, 1.0, c, float(v), [float(v)])
     for c, v in zip(compute, loss, strict=True)
   ]
   law, replicates, entry = entries.fit_law(
-    fit.least_squares, cells, ("compute",), bootstrap
+    fit.least_squares, points, ("compute",), bootstrap
   )
   x = entries.grid(compute, 3.0)
   entry["curve"] = entries.curve(x, law, replicates, x[None])
@@ -421,27 +415,27 @@ def _heldout_valley(compute, size, loss) -> dict | None:
 # ----- models side by side --------------------------------------------------
 
 
-def _comparison(cells: dict[str, list[entries.Cell]]) -> list[dict]:
-  """The best cell of every model at every budget that two or more share."""
-  budgets = sorted({c.budget for some in cells.values() for c in some})
+def _comparison(points: dict[str, list[Point]]) -> list[dict]:
+  """The best point of every model at every budget that two or more share."""
+  budgets = sorted({c.budget for some in points.values() for c in some})
   rows = []
   for budget in budgets:
     best = {}
-    for name, some in cells.items():
-      here = [cell for cell in some if cell.budget == budget]
+    for name, some in points.items():
+      here = [point for point in some if point.budget == budget]
       if here:
-        best[name] = min(here, key=lambda cell: cell.loss)
+        best[name] = min(here, key=lambda point: point.loss)
     if len(best) < 2:
       continue
     reference = next(iter(best))
     row = {"budget": budget, "reference": reference, "models": {}}
-    for name, cell in best.items():
+    for name, point in best.items():
       row["models"][name] = {
-        "cell": cell.name,
-        "loss": entries.with_interval(cell.loss, _mean_interval(cell.losses)),
+        "cell": point.name,
+        "loss": entries.with_interval(point.loss, _mean_interval(point.losses)),
         "difference": entries.with_interval(
-          cell.loss - best[reference].loss,
-          _difference_interval(cell.losses, best[reference].losses),
+          point.loss - best[reference].loss,
+          _difference_interval(point.losses, best[reference].losses),
         )
         if name != reference
         else None,

@@ -14,30 +14,34 @@ alone. A run that cannot be compared stays in the table with the reason in
 
 import collections
 import csv
+import dataclasses
+import itertools
 import json
 import math
 import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import counts
-from aunet_jax.scaling import run
+from aunet_jax.config import ModelConfig
+from aunet_jax.scaling import study
+from aunet_jax.scaling.study import (
+  NUMBERS_FILE,
+  PLANNED,
+  About,
+  Description,
+  Logged,
+  Run,
+  Table,
+)
+from aunet_jax.train.setup import changed_fields
 from aunet_jax.workdir import layout
-
-NUMBERS_FILE = "numbers.jsonl"
-
 
 # Bits per byte over the lowest the run logged, at its end; and over the median
 # of the other seeds of its cell.
 DIVERGED_FACTOR, PEER_FACTOR = 1.2, 1.2
-
-
-# Settings a run may have otherwise than its plan without being another run.
-FREE_SETTINGS = ("mesh", "checkpoint", "data.cache_dir", "data.num_workers")
-
 
 # Columns of published tables: what we call it -> what it is called elsewhere.
 COLUMNS = {
@@ -51,13 +55,6 @@ COLUMNS = {
   "flagged": ("outlier",),
   "flag_reason": ("reason",),
 }
-
-
-class Table(NamedTuple):
-  """Rows and what they are: keys loss_unit, data_unit, source and others."""
-
-  about: dict
-  rows: list[dict]
 
 
 def load(path: Path) -> Table:
@@ -74,121 +71,101 @@ def load(path: Path) -> Table:
     )
   if path.suffix == ".csv":
     return read_points(path)
-  return read(path)
+  table = study.read_table(path)
+  return table._replace(rows=judge(table.rows))
 
 
 # ----- a study directory ----------------------------------------------------
 
 
-def collect(study: Path) -> Table:
-  """Every cell of a study, judged.
+def collect(directory: Path) -> Table:
+  """Every run of a study, judged.
 
   Raises: ValueError where the directory is no study.
   """
-  about = run.read_about(study)
-  rows = []
-  for name in about["cells"]:
-    try:
-      rows.append(_row(run.read_cell(study, name), about))
-    except ValueError:
-      rows.append(_lost(name))
+  about = study.read_about(directory)
+  runs = [_collected(directory, name, about) for name in about.cells]
   # Directories of this machine tell a reader of the table nothing.
-  command = re.sub(r"(?<![\w.])/[^\s,]*/(?=[^\s,/]+)", "…/", about["command"])
-  description = {
-    "loss_unit": "bits per byte",
-    "data_unit": "bytes",
-    "command": command,
-    "data_fingerprint": about["data_fingerprint"],
-    "ratio": about["ratio"],
-    "versions": about["versions"],
-  }
-  return Table(description, judge(rows))
-
-
-# Of cell.json: what tells cells of a model apart, whatever their seeds.
-_PLANNED = (
-  "budget_flops",
-  "params",
-  "flops_per_byte",
-  "learning_rate",
-  "batch_bytes",
-)
-
-
-def _lost(name: str) -> dict:
-  """A cell whose plan is gone: not even its model is known."""
-  reason = "its cell.json or plan.json is missing or damaged"
-  values = dict.fromkeys(("seed", *_PLANNED))
-  return _empty(name, "unknown", values) | {"excluded": reason}
-
-
-def _empty(name: str, model: str, values: dict) -> dict:
-  """A row without anything measured."""
-  return {
-    "id": name,
-    "model": model,
-    "seed": values["seed"],
-    **{key: values[key] for key in _PLANNED},
-    "loss": None,
-    "heldout_bytes": None,
-    "bytes": None,
-    "useful_flops": None,
-    "padded_flops": None,
-    "fill": None,
-    "steps": 0,
-    "nonfinite_steps": None,
-    "planned_data": values.get("data_fingerprint"),
-    "packed_data": None,
-    "rules": None,
-    "capacities": None,
-    "splitter": None,
-    "tokenizer": values.get("tokenizer"),
-    "run": f"cells/{name}",
-    "excluded": None,
-  }
-
-
-def _row(cell: run.Cell, about: dict) -> dict:
-  values, workdir = cell.values, cell.workdir
-  row = _empty(cell.id, values["model"], values)
-  try:
-    plan = json.loads((workdir / run.PLAN_FILE).read_text())
-    ran = json.loads((workdir / "config.json").read_text())
-    model = config_lib.from_json(json.dumps(ran)).model
-  except FileNotFoundError:
-    return row | {"excluded": _unfinished(cell, 0) or "it has no config.json"}
-  except ValueError as error:
-    return row | {"excluded": f"its config.json is damaged: {error}"}
-  logged = layout.read_rows(workdir / layout.METRICS_FILE)
-  row |= {"rules": list(model.rules), "capacities": list(model.capacities)}
-  try:
-    row |= _measured(logged, model, ran["train"]["batch_size"])
-    diverged = _divergence(logged)
-  except (KeyError, TypeError, ValueError) as error:
-    reason = f"its metrics.jsonl is of another run: {error!r}"
-    return row | {"excluded": reason}
-  row |= _identity(workdir)
-  different = _differences(plan, ran)
-  other = f"ran another config than planned: {', '.join(different[:3])}"
-  row["excluded"] = (
-    _unfinished(cell, row["steps"])
-    or (other if different else None)
-    or _foreign(values["data_fingerprint"], about["data_fingerprint"])
-    or diverged
-    or (
-      None if row["loss"] is not None else "has no held-out figure at its end"
-    )
+  command = re.sub(r"(?<![\w.])/[^\s,]*/(?=[^\s,/]+)", "…/", about.command)
+  description = Description(
+    loss_unit="bits per byte",
+    data_unit="bytes",
+    command=command,
+    data_fingerprint=about.data_fingerprint,
+    ratio=about.ratio,
+    versions=about.versions,
   )
-  return row
+  return Table(description, judge(runs))
 
 
-def _unfinished(cell: run.Cell, steps: int) -> str | None:
-  state = run.read_state(cell)
-  if state["state"] == "failed":
-    return f"failed: {state.get('reason', 'no reason was kept')}"
-  if state["state"] != "done" or steps < cell.num_steps:
-    return f"has not finished: step {steps} of {cell.num_steps}"
+def _collected(directory: Path, name: str, about: About) -> Run:
+  """What one run reached, or why that cannot be said."""
+  try:
+    planned = study.read_run(directory, name)
+  except ValueError as error:
+    reason = f"its cell.json or plan.json is missing or damaged: {error}"
+    reason = reason.replace(f"{directory}/", "")
+    return Run(
+      id=name, model="unknown", budget_flops=None, loss=None, bytes=None,
+      run=f"cells/{name}", excluded=reason,
+    )  # fmt: skip
+  workdir = directory / planned.run
+  run = dataclasses.replace(
+    planned, bytes=None, useful_flops=None, padded_flops=None, fill=None,
+    steps=0,
+  )  # fmt: skip
+
+  def out(reason):
+    if reason is not None:
+      reason = reason.replace(f"{directory}/", "")
+    return dataclasses.replace(run, excluded=reason)
+
+  try:
+    plan, ran = (
+      config_lib.from_json(study.read_text(workdir / file))
+      for file in (study.PLAN_FILE, layout.CONFIG_FILE)
+    )
+  except ValueError as error:
+    if (workdir / layout.CONFIG_FILE).exists():
+      return out(f"its config.json is damaged: {error}")
+    return out(_unfinished(planned, run, workdir) or "it has no config.json")
+  run = dataclasses.replace(
+    run, rules=ran.model.rules, capacities=ran.model.capacities
+  )
+  try:
+    log = study.read_log(workdir)
+    run = dataclasses.replace(
+      run, **_measured(log, ran.model, ran.train.batch_size)
+    )
+  except ValueError as error:
+    return out(f"its metrics.jsonl is of another run: {error}")
+  run = dataclasses.replace(run, **_identity(workdir))
+  return out(
+    _unfinished(planned, run, workdir)
+    or _changed(plan, ran)
+    or _foreign(run.planned_data, about.data_fingerprint)
+    or _divergence(log)
+    or (None if run.loss is not None else "has no held-out figure at its end")
+  )
+
+
+def _unfinished(planned: Run, run: Run, workdir: Path) -> str | None:
+  state = study.read_state(workdir)
+  if state.state == "failed":
+    return f"failed: {state.reason or 'no reason was kept'}"
+  if state.state != "done" or run.steps < planned.steps:
+    return f"has not finished: step {run.steps} of {planned.steps}"
   return None
+
+
+def _changed(plan: config_lib.Config, ran: config_lib.Config) -> str | None:
+  """What was trained otherwise than planned and makes it another run."""
+  forbidden, allowed = changed_fields(plan, ran)
+  # To continue a run for longer is allowed; it then spends another budget.
+  forbidden += [line for line in allowed if line.startswith("train.num_steps")]
+  if not forbidden:
+    return None
+  return f"ran another config than planned: {', '.join(forbidden[:3])}"
 
 
 def _foreign(planned: str | None, study: str | None) -> str | None:
@@ -197,88 +174,72 @@ def _foreign(planned: str | None, study: str | None) -> str | None:
   return f"is of other data: fingerprint {planned}, the study's is {study}"
 
 
-def _measured(logged: Sequence[dict], model, batch_size: int) -> dict:
-  """What a run's log says it read and reached, and the FLOPs of that."""
-  steps, rows_seen = 0, 0
-  positions = [0.0] * model.num_stages
-  values = {}
-  for row in logged:
-    if "fill" in row:
-      rows = (row["step"] - steps) * batch_size
-      steps, rows_seen = row["step"], rows_seen + rows
-      for i, (fill, capacity) in enumerate(
-        zip(row["fill"], model.capacities, strict=True)
-      ):
-        positions[i] += fill * capacity * rows
-      values |= {
-        "bytes": row["bytes_seen"],
-        "nonfinite_steps": row["nonfinite_total"],
-      }
-  if not rows_seen:
+def _measured(log: Sequence[Logged], model: ModelConfig, batch_size: int):
+  """Columns of what a run's log says it read and reached, and its FLOPs.
+
+  Raises: ValueError where the log is of another model.
+  """
+  rows = [row for row in log if row.fill is not None]
+  if not rows or rows[-1].step < 1:
     return {}
-  last = logged[-1] if "heldout_bytes" in logged[-1] else {}
-  if last.get("step") == steps:
-    loss = last["heldout_bits_per_byte"]
-    values["loss"] = loss if _finite(loss) else None
-    values["heldout_bytes"] = last["heldout_bytes"]
-  return values | {
-    "steps": steps,
+  last, positions = rows[-1], [0.0] * model.num_stages
+  if last.bytes_seen is None:
+    raise ValueError(f"step {last.step} has no bytes_seen")
+  for before, row in itertools.pairwise([Logged(step=0), *rows]):
+    for i, (fill, capacity) in enumerate(
+      zip(row.fill, model.capacities, strict=True)
+    ):
+      positions[i] += fill * capacity * (row.step - before.step) * batch_size
+  num_rows = last.step * batch_size
+  end = log[-1]
+  if end.step != last.step or end.heldout_bytes is None:
+    end = Logged(step=last.step)
+  return {
+    "bytes": last.bytes_seen,
+    "nonfinite_steps": last.nonfinite_total,
+    "loss": end.heldout_bits_per_byte,
+    "heldout_bytes": end.heldout_bytes,
+    "steps": last.step,
     "useful_flops": counts.useful_train_flops(model, positions),
-    "padded_flops": rows_seen * counts.train_flops_per_row(model),
-    "fill": [
-      count / (rows_seen * capacity)
+    "padded_flops": num_rows * counts.train_flops_per_row(model),
+    "fill": tuple(
+      count / (num_rows * capacity)
       for count, capacity in zip(positions, model.capacities, strict=True)
-    ],
+    ),
   }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Host:
+  """What a checkpoint says of the text and the splitting behind it."""
+
+  data_fingerprint: str | None = None
+  splitter_hash: str | None = None
+  tokenizer_hash: str | None = None
 
 
 def _identity(workdir: Path) -> dict:
-  """Hashes of text and splitting in the newest checkpoint; {} without one."""
-  numbers = [
-    int(folder.name)
-    for folder in (workdir / "checkpoints").glob("*")
-    if folder.name.isdigit()
-  ]
-  if not numbers:
+  """Columns of the newest checkpoint's hashes; {} without one."""
+  steps = layout.steps(workdir)
+  if not steps:
     return {}
-  path = workdir / "checkpoints" / str(max(numbers)) / "host" / "metadata"
+  folder = workdir / layout.CHECKPOINTS / str(steps[-1])
   try:
-    host = json.loads(path.read_text())
-  except (OSError, ValueError):  # damaged: training, not we, will say so
+    host = study.read_record(_Host, folder / "host" / "metadata")
+  except ValueError:  # damaged: training, not we, will say so
     return {}
-  found = {
-    "packed_data": host.get("data_fingerprint"),
-    "splitter": host.get("splitter_hash"),
-  }
-  if host.get("tokenizer_hash") is not None:
-    found["tokenizer"] = host["tokenizer_hash"]
+  found = {"packed_data": host.data_fingerprint, "splitter": host.splitter_hash}
+  if host.tokenizer_hash is not None:
+    found["tokenizer"] = host.tokenizer_hash
   return found
 
 
-def _differences(plan: dict, ran: dict, at: str = "") -> list[str]:
-  """Settings that are not as planned, as `a.b planned -> ran`."""
-  lines = []
-  for key in sorted(plan.keys() | ran.keys()):
-    name = f"{at}.{key}" if at else key
-    one, other = plan.get(key), ran.get(key)
-    if name in FREE_SETTINGS or one == other:
-      continue
-    if isinstance(one, dict) and isinstance(other, dict):
-      lines += _differences(one, other, name)
-    elif name == "model.stages" and len(one or []) == len(other or []):
-      for i, pair in enumerate(zip(one, other, strict=True)):
-        lines += _differences(*pair, f"{name}[{i}]")
-    else:
-      lines.append(f"{name} {one} -> {other}")
-  return lines
-
-
-def _divergence(logged: Sequence[dict]) -> str | None:
+def _divergence(log: Sequence[Logged]) -> str | None:
   """Whether the log ends without a finite loss, or far above its lowest."""
-  bits = [row["bits_per_byte"] for row in logged if "fill" in row]
-  ends = [row for row in logged if "heldout_bytes" in row][-1:]
-  last = ends[0]["heldout_bits_per_byte"] if ends else None
-  if (bits and bits[-1] is None) or (ends and not _finite(last)):
+  bits = [row.bits_per_byte for row in log if row.fill is not None]
+  ends = [row for row in log if row.heldout_bytes is not None][-1:]
+  last = ends[0].heldout_bits_per_byte if ends else None
+  if (bits and bits[-1] is None) or (ends and last is None):
     return "diverged: its last loss is not finite"
   lowest = min((b for b in bits if b is not None), default=math.inf)
   if last is not None and last > DIVERGED_FACTOR * lowest:
@@ -292,114 +253,84 @@ def _divergence(logged: Sequence[dict]) -> str | None:
   return None
 
 
-def _finite(value) -> bool:
-  return isinstance(value, int | float) and math.isfinite(value)
-
-
 # ----- what can be compared -------------------------------------------------
 
 
-def judge(rows: Sequence[dict]) -> list[dict]:
-  """Excludes rows that are not like most of the others that are left.
+def judge(runs: Sequence[Run]) -> list[Run]:
+  """Excludes runs that are not like most of the others that are left.
 
   Planned data and held-out bytes must be those of most runs; rules, splitter,
   tokenizer and packed text those of most runs of the model. The first planned
   run decides a tie. Last, a run whose loss is more than `PEER_FACTOR` times the
   median of the other seeds of its cell, where there are two or more.
   """
-  rows = [dict(row) for row in rows]
+  runs = list(runs)
 
-  def groups_by(*keys):
+  def exclude(i, reason):
+    runs[i] = dataclasses.replace(runs[i], excluded=reason)
+
+  def groups_by(*names):
+    """Numbers of the runs that are left, by what they have in common."""
     groups = {}
-    for row in rows:
-      groups.setdefault(tuple(str(row.get(k)) for k in keys), []).append(row)
-    return list(groups.values())
+    for i, run in enumerate(runs):
+      if run.excluded is None:
+        key = tuple(getattr(run, name) for name in names)
+        groups.setdefault(key, []).append(i)
+    return groups.values()
 
+  for i, run in enumerate(runs):
+    if run.excluded is None and run.loss is None:
+      exclude(i, "has no finite loss")
   of_model = " than the other runs of its model"
-
-  for row in rows:
-    if row["excluded"] is None and not _finite(row["loss"]):
-      row["excluded"] = "has no finite loss"
-  for groups, key, what in (
-    ([rows], "planned_data", "is of other data than the other runs"),
-    ([rows], "heldout_bytes", "was judged on other held-out text"),
-    (groups_by("model"), "rules", "has other splitting rules" + of_model),
-    (groups_by("model"), "splitter", "has another splitter" + of_model),
-    (groups_by("model"), "tokenizer", "has another tokenizer" + of_model),
+  for shared, column, what in (
+    ((), "planned_data", "is of other data than the other runs"),
+    ((), "heldout_bytes", "was judged on other held-out text"),
+    (("model",), "rules", "has other splitting rules" + of_model),
+    (("model",), "splitter", "has another splitter" + of_model),
+    (("model",), "tokenizer", "has another tokenizer" + of_model),
     (
-      groups_by("model", "capacities"),
+      ("model", "capacities"),
       "packed_data",
       "was trained on other text" + of_model,
     ),
   ):
-    for group in groups:
-      _exclude_minority(group, key, what)
-  for cell in groups_by("model", *_PLANNED):
-    good = [row for row in cell if row["excluded"] is None]
-    if len(good) < 3 or any("seed" not in row for row in good):
+    for group in groups_by(*shared):
+      for i, reason in _minority(runs, group, column):
+        exclude(i, f"{what}: {reason}")
+  for group in groups_by("model", *PLANNED):
+    if len(group) < 3 or any(runs[i].seed is None for i in group):
       continue
-    losses = [row["loss"] for row in good]
-    for i, row in enumerate(good):
-      median = statistics.median(losses[:i] + losses[i + 1 :])
-      if row["loss"] > PEER_FACTOR * median:
-        row["excluded"] = (
-          f"diverged: {row['loss']:.3f}, the other seeds of its cell "
-          f"{median:.3f}"
-        )
-  return rows
+    for i in group:
+      loss = runs[i].loss
+      median = statistics.median(runs[k].loss for k in group if k != i)
+      if loss > PEER_FACTOR * median:
+        reason = f"{loss:.3f}, the other seeds of its cell {median:.3f}"
+        exclude(i, f"diverged: {reason}")
+  return runs
 
 
-def _exclude_minority(group: Sequence[dict], key: str, what: str) -> None:
-  """Marks those of a group that differ from most in `key`.
+def _minority(
+  runs: Sequence[Run], group: Sequence[int], column: str
+) -> list[tuple[int, str]]:
+  """(number, how it differs) of the runs that differ from most in a column.
 
-  A run that does not know is not compared, but that one reads bytes and not
-  tokens is known.
+  Runs in which it is not known are not compared; only `tokenizer` is known by
+  its absence: None means that the model reads bytes.
   """
-  good = [row for row in group if row["excluded"] is None]
-  good = [row for row in good if key == "tokenizer" or row.get(key) is not None]
-  values = [json.dumps(row.get(key)) for row in good]
+  values = {i: getattr(runs[i], column) for i in group}
+  if column != "tokenizer":
+    values = {i: value for i, value in values.items() if value is not None}
   if not values:
-    return
-  usual = collections.Counter(values).most_common(1)[0][0]
-  for row, value in zip(good, values, strict=True):
-    if value != usual:
-      row["excluded"] = f"{what}: {value}, the others {usual}"
-
-
-# ----- files ----------------------------------------------------------------
-
-
-def write(table: Table, path: Path) -> None:
-  """One JSON object a line: the description, then the rows."""
-  lines = [
-    json.dumps(item, ensure_ascii=False) + "\n"
-    for item in (table.about, *table.rows)
+    return []
+  usual = collections.Counter(values.values()).most_common(1)[0][0]
+  return [
+    (i, f"{json.dumps(value)}, the others {json.dumps(usual)}")
+    for i, value in values.items()
+    if value != usual
   ]
-  path.write_text("".join(lines), encoding="utf-8")
 
 
-def read(path: Path) -> Table:
-  """Raises: ValueError naming the line that is not what `write` writes."""
-  items = []
-  for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-    try:
-      item = json.loads(line)
-      if not isinstance(item, dict):
-        raise ValueError("it is no object")
-    except ValueError as error:
-      raise ValueError(f"{path}, line {number}: {error}") from None
-    items.append(item)
-  if not items or "loss_unit" not in items[0]:
-    raise ValueError(
-      f"{path} is no {NUMBERS_FILE}: its first line has no loss_unit. "
-      f"`fit STUDY --out=DIR` writes one."
-    )
-  needed = ("id", "model", "budget_flops", "bytes", "loss", "run", "excluded")
-  for number, row in enumerate(items[1:], start=2):
-    lacking = [key for key in needed if key not in row]
-    if lacking:
-      raise ValueError(f"{path}, line {number}: {lacking[0]} is missing.")
-  return Table(items[0], judge(items[1:]))
+# ----- published points -----------------------------------------------------
 
 
 def read_points(path: Path) -> Table:
@@ -410,59 +341,78 @@ def read_points(path: Path) -> Table:
 
   Raises: ValueError naming a missing column, or a row that is no number.
   """
-  with path.open(newline="") as file:
-    lines = list(csv.DictReader(file))
+  try:
+    lines = list(csv.DictReader(study.read_text(path).splitlines(True)))
+  except csv.Error as error:
+    raise ValueError(f"{path} cannot be read: {error}") from None
   if not lines:
     raise ValueError(f"{path} has no rows.")
-  names = {
-    ours: next((name for name in theirs if name in lines[0]), None)
-    for ours, theirs in COLUMNS.items()
+  theirs = {
+    ours: next((name for name in names if name in lines[0]), None)
+    for ours, names in COLUMNS.items()
   }
-  known = [n for n in ("params", "bytes", "budget_flops") if names[n]]
-  if names["loss"] is None or len(known) < 2:
+  known = [n for n in ("params", "bytes", "budget_flops") if theirs[n]]
+  if theirs["loss"] is None or len(known) < 2:
     raise ValueError(
-      f"{path} has the columns {', '.join(lines[0])}; needed are a loss "
-      f"({', '.join(COLUMNS['loss'])}) and two of params, tokens and budget."
+      f"{path} has the columns {', '.join(map(str, lines[0]))}; needed are a "
+      f"loss ({', '.join(COLUMNS['loss'])}) and two of params, tokens and "
+      f"budget."
     )
-  rows = []
-  for number, line in enumerate(lines, start=2):
-    row = {"id": f"line {number}", "model": "points", "excluded": None}
-    for ours, theirs in names.items():
-      if theirs is None:
-        continue
-      row[ours] = line[theirs]
-    for key in ("loss", *known):
-      try:
-        row[key] = float(row[key])
-      except ValueError:
-        raise ValueError(
-          f"{path}, line {number}: {names[key]}={row[key]!r} is no number."
-        ) from None
-      if not (math.isfinite(row[key]) and row[key] > 0):
-        row["excluded"] = f"{names[key]} is {row[key]}"
-    if row["excluded"] is None:
-      row = {**row, **_third(row)}
-    row["flagged"] = row.get("flagged") == "True"
-    row["run"] = f"{path.name}, line {number}"
-    rows.append(row)
-  data = names["bytes"] if names["bytes"] == "bytes" else "tokens"
-  about = {
-    "loss_unit": "bits per byte"
-    if names["loss"] == "bits_per_byte"
-    else "loss, as published",
-    "data_unit": data,
-    "source": path.name,
-  }
-  return Table(about, rows)
+  runs = [
+    _point(line, theirs, known, path, number)
+    for number, line in enumerate(lines, start=2)
+  ]
+  bits = theirs["loss"] == "bits_per_byte"
+  about = Description(
+    loss_unit="bits per byte" if bits else "loss, as published",
+    data_unit="bytes" if theirs["bytes"] == "bytes" else "tokens",
+    source=path.name,
+  )
+  return Table(about, runs)
 
 
-def _third(row: dict) -> dict:
-  size, data = row.get("params"), row.get("bytes")
-  compute = row.get("budget_flops")
-  if size is None:
-    size = compute / (6 * data)
-  if data is None:
-    data = compute / (6 * size)
-  if compute is None:
-    compute = 6 * size * data
-  return {"params": size, "bytes": data, "budget_flops": compute}
+def _point(
+  line: dict, theirs: dict, known: Sequence[str], path: Path, number: int
+) -> Run:
+  """One row. Args: theirs: its columns by ours. known: of size, data, compute.
+
+  Raises: ValueError for what is no number.
+  """
+
+  def words(name):
+    return line[theirs[name]] if theirs[name] else None
+
+  def value(name):
+    try:
+      return float(line[theirs[name]])
+    except (TypeError, ValueError):
+      text = line[theirs[name]]
+      raise ValueError(
+        f"{path}, line {number}: {theirs[name]}={text!r} is no number."
+      ) from None
+
+  excluded, values = None, {}
+  for name in ("loss", *known):
+    values[name] = value(name)
+    if not 0 < values[name] < 1e300:
+      excluded = f"{theirs[name]} is {values[name]}"
+      values[name] = None
+  size, data, compute = map(values.get, ("params", "bytes", "budget_flops"))
+  if excluded is None:
+    size = size or compute / (6 * data)
+    data = data or compute / (6 * size)
+    compute = compute or 6 * size * data
+  flops = value("flops_per_byte") if theirs["flops_per_byte"] else None
+  return Run(
+    id=words("id") or f"line {number}",
+    model=words("model") or "points",
+    loss=values["loss"],
+    params=size,
+    flops_per_byte=flops,
+    bytes=data,
+    budget_flops=compute,
+    run=f"{path.name}, line {number}",
+    excluded=excluded,
+    flagged=words("flagged") == "True",
+    flag_reason=words("flag_reason"),
+  )

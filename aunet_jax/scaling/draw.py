@@ -19,22 +19,11 @@ COLOURS = (
   "#0072b2", "#d55e00", "#007a59", "#b0548c", "#a87000", "#3a8fc4", "#333333",
 )  # fmt: skip
 
-
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 2 1 2 1 2")
-
-
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus", "down")
-
-
 _MATPLOTLIB = dict(zip(MARKERS, "os^DXPv", strict=True))
-
-
 WIDTH, PLOT_HEIGHT, FONT = 480, 300, 13
-
-
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 46
-
-
 _LINE = 19  # height of a line of the legend
 
 

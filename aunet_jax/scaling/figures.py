@@ -2,14 +2,13 @@
 
 import re
 
-from aunet_jax.scaling.collect import Table
 from aunet_jax.scaling.draw import Chart, Series
+from aunet_jax.scaling.study import Table
 
 SIZE_NAMES = {
   "flops_per_byte": "size (training FLOPs per byte)",
   "params": "size (parameters)",
 }
-
 
 # Method -> name and dash in charts that compare methods.
 METHODS = {
@@ -243,14 +242,14 @@ def _fill(result: dict, table: Table) -> Chart | None:
   series, most = [], 0
   names = list(result["models"])
   for style, name in enumerate(names):
-    rows = [
-      row
-      for row in table.rows
-      if row["model"] == name and row["excluded"] is None and row.get("fill")
+    fills = [
+      run.fill
+      for run in table.rows
+      if run.model == name and run.excluded is None and run.fill
     ]
-    if not rows:
+    if not fills:
       continue
-    columns = list(zip(*[row["fill"] for row in rows], strict=True))
+    columns = list(zip(*fills, strict=False))
     most = max(most, len(columns))
     shift = 0.5 * (style - (len(names) - 1) / 2) / max(len(names), 2)
     mean = [100 * sum(column) / len(column) for column in columns]

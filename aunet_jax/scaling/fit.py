@@ -12,7 +12,7 @@ compute; with x = (N, D) the parametric form of Hoffmann et al. 2022 (arXiv
                  L-BFGS, as Hoffmann et al. and Besiroglu et al. 2024 (arXiv
                  2404.10102)
 
-IsoFLOP parabolas are in `scaling_valleys.py`.
+IsoFLOP parabolas are in `valleys.py`.
 
 Intervals come from the bootstrap (`bootstrap`, `interval`). Letters: K
 terms of a law, N points, R bootstrap replicates.
@@ -26,28 +26,13 @@ import numpy as np
 from scipy import optimize, stats
 
 EXPONENTS = (0.01, 3.0)  # searched; a law at either end is no power law
-
-
 HUBER_DELTA = 1e-3  # of log residuals, as Hoffmann et al.
-
-
 NUM_STARTS = 24  # best of a grid of several hundred, each followed by L-BFGS
-
-
 CONFIDENCE = 0.95
-
-
 _GRID = np.geomspace(0.03, 2.0, 14)
-
-
 _TOLERANCES = {"ftol": 1e-15, "gtol": 1e-11, "maxiter": 3000, "maxfun": 6000}
-
-
 _ROUGH = {"maxiter": 80}  # of every start; the best three go on
-
-
 _REFIT = {"ftol": 1e-9, "gtol": 1e-7, "maxiter": 300}  # from a known start
-
 
 # Points a parameter from which cases are resampled, else residuals.
 CASES_PER_PARAMETER = 8
@@ -297,9 +282,10 @@ def bootstrap(
 
   With `CASES_PER_PARAMETER` points a parameter or more, points are drawn with
   replacement, so that noise may differ between them (Besiroglu et al. do so).
-  A smaller design would lose whole budgets to that: its points stay, and their
-  log residuals are drawn with replacement, enlarged by sqrt(n / (n - p)), for a
-  fit of p parameters leaves smaller ones than the noise.
+  A smaller design would lose all points of a budget to that: its points stay,
+  and their log residuals are drawn with replacement, enlarged by
+  sqrt(n / (n - p)), for a fit of p parameters leaves smaller ones than the
+  noise.
 
   Returns: None where n = p: such a fit leaves no residuals.
   """
@@ -381,7 +367,8 @@ def band(
 ) -> np.ndarray:
   """Intervals of the law at `x_KN`, (2, N): low and high.
 
-  Args: new_point: of a run that is yet to be made there, noise included.
+  Args: new_point: the interval of a new run there, its noise included, and
+    not of the law alone.
   """
   value_N = predict(law, x_KN)
   values_RN = np.array([predict(one, x_KN) for one in replicates.laws])
@@ -395,7 +382,7 @@ def band(
 
 
 class Allocation(NamedTuple):
-  """Best size and data of a budget: size = factor * C^exponent, and loss."""
+  """Best size and data of a budget C, each as factor * C^exponent."""
 
   size_log_factor: float
   size_exponent: float

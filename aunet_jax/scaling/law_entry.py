@@ -1,7 +1,8 @@
-"""One law fitted to the cells of a model, and what speaks against it.
+"""One law fitted to the points of a model, and what speaks against it.
 
-Every entry has parameters with intervals, the residual of every cell, the
-largest budget predicted from the others, and warnings in plain words.
+Every entry of `fits.json` has parameters with intervals, the residual of every
+point, the largest budget predicted from the others, and warnings in plain
+words.
 """
 
 import dataclasses
@@ -15,18 +16,12 @@ from aunet_jax.scaling import fit
 
 CURVE_POINTS = 33
 
-
-# Spread of log data that size does not explain, for both to be told apart.
+# Where log size explains log data but for less than this standard deviation,
+# their effects on the loss cannot be told apart.
 LEAST_SPREAD = 0.2
-
-
 FEW_DEGREES = 3  # of freedom; below, intervals are mostly Student's t
-
-
-MANY_BUDGETS = 20  # from which the tenth with most compute is held out
-
-
-STANDS_OUT = 5.0  # median absolute deviations, as normal standard deviations
+MANY_BUDGETS = 20  # above it, the tenth of them with most compute is held out
+STANDS_OUT = 5.0  # standard deviations, estimated by the median deviation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +32,11 @@ class Bootstrap:
   seed: int
 
 
-class Cell(NamedTuple):
-  """One model at one budget and size."""
+class Point(NamedTuple):
+  """One model at one budget and size: the average over its seeds.
+
+  `fits.json` and the report call it a cell.
+  """
 
   name: str
   ids: list[str]
@@ -55,18 +53,18 @@ def not_fitted(reason: str) -> dict:
   return {"not_fitted": reason}
 
 
-def columns(cells: Sequence[Cell], *names: str) -> np.ndarray:
-  return np.array([[getattr(c, name) for c in cells] for name in names])
+def columns(points: Sequence[Point], *names: str) -> np.ndarray:
+  return np.array([[getattr(c, name) for c in points] for name in names])
 
 
 def fit_law(
   function: Callable[..., fit.Law],
-  cells: Sequence[Cell],
+  points: Sequence[Point],
   names: tuple[str, ...],
   bootstrap: Bootstrap,
 ) -> tuple[fit.Law, fit.Replicates | None, dict]:
-  """Fits a law to cells, with intervals, residuals and the held-out budget."""
-  x_KN, loss_N = columns(cells, *names), np.array([c.loss for c in cells])
+  """Fits a law to points, with intervals, residuals and the held-out budget."""
+  x_KN, loss_N = columns(points, *names), np.array([c.loss for c in points])
   law = function(x_KN, loss_N)
   replicates = fit.bootstrap(
     function, law, x_KN, loss_N, number=bootstrap.number, seed=bootstrap.seed
@@ -84,10 +82,10 @@ def fit_law(
     "rms_relative_residual": float(np.sqrt(np.mean(rest_N**2))),
     "residuals": [
       {"cell": c.name, "loss": c.loss, "predicted": p, "relative": r}
-      for c, p, r in zip(cells, predicted_N, rest_N, strict=True)
+      for c, p, r in zip(points, predicted_N, rest_N, strict=True)
     ],
-    "heldout": _heldout(function, cells, names, bootstrap),
-    "stand_out": _stand_out(cells, rest_N),
+    "heldout": _heldout(function, points, names, bootstrap),
+    "stand_out": _stand_out(points, rest_N),
     "warnings": [],
   }
   warn = entry["warnings"].append
@@ -135,28 +133,28 @@ def _warn_of_parameters(law: fit.Law, spans: dict, warn) -> None:
       warn("the interval of E reaches 0: an offset is not shown.")
 
 
-def _stand_out(cells: Sequence[Cell], rest_N: np.ndarray) -> list[str]:
+def _stand_out(points: Sequence[Point], rest_N: np.ndarray) -> list[str]:
   if rest_N.size < 8:
     return []
   scale = 1.4826 * float(np.median(np.abs(rest_N - np.median(rest_N))))
   far = np.abs(rest_N - np.median(rest_N)) > STANDS_OUT * max(scale, 1e-12)
-  return [cell.name for cell, out in zip(cells, far, strict=True) if out]
+  return [point.name for point, out in zip(points, far, strict=True) if out]
 
 
-def _held_out(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
+def _held_out(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
   """(others, those of the largest budget, or the tenth with most compute)."""
-  budgets = sorted({cell.budget for cell in cells})
+  budgets = sorted({point.budget for point in points})
   count = len(budgets) // 10 if len(budgets) > MANY_BUDGETS else 1
   edge = budgets[-count]
   return (
-    [cell for cell in cells if cell.budget < edge],
-    [cell for cell in cells if cell.budget >= edge],
+    [point for point in points if point.budget < edge],
+    [point for point in points if point.budget >= edge],
   )
 
 
-def _heldout(function, cells, names, bootstrap) -> dict | None:
+def _heldout(function, points, names, bootstrap) -> dict | None:
   """The law without the largest budget, and what it says of that budget."""
-  others, last = _held_out(cells)
+  others, last = _held_out(points)
   needed = 2 * len(names) + (function is not fit.no_offset)
   if len(others) < needed or together(others, names):
     return None
@@ -170,23 +168,23 @@ def _heldout(function, cells, names, bootstrap) -> dict | None:
   spans = [None] * len(last)
   if replicates:
     spans = fit.band(law, replicates, new_KN, new_point=True).T.tolist()
-  points = []
-  for cell, value, span in zip(last, predicted_N, spans, strict=True):
-    points.append(
-      {"cell": cell.name, "loss": cell.loss}
+  predictions = []
+  for point, value, span in zip(last, predicted_N, spans, strict=True):
+    predictions.append(
+      {"cell": point.name, "loss": point.loss}
       | {"predicted": with_interval(value, span)}
-      | {"relative_error": value / cell.loss - 1}
+      | {"relative_error": value / point.loss - 1}
     )
   inside = [
-    span[0] <= cell.loss <= span[1]
-    for cell, span in zip(last, spans, strict=True)
+    span[0] <= point.loss <= span[1]
+    for point, span in zip(last, spans, strict=True)
     if span
   ]
   return {
     "budget": last[0].budget,
-    "points": points,
+    "points": predictions,
     "mean_absolute_relative_error": statistics.mean(
-      abs(p["relative_error"]) for p in points
+      abs(p["relative_error"]) for p in predictions
     ),
     # One in twenty may be outside, where many points are held out.
     "inside": sum(inside) >= 0.9 * len(inside) if inside else None,
@@ -204,11 +202,11 @@ def curve(x: np.ndarray, law, replicates, x_KN) -> dict:
   return {"x": x, "value": fit.predict(law, x_KN), "low": low, "high": high}
 
 
-def together(cells: Sequence[Cell], names: Sequence[str]) -> bool:
-  """Whether size and data are one and the same variable in these cells."""
+def together(points: Sequence[Point], names: Sequence[str]) -> bool:
+  """Whether size and data are one and the same variable in these points."""
   if len(names) < 2:
     return False
-  size, data = np.log(columns(cells, "size", "data"))
+  size, data = np.log(columns(points, "size", "data"))
   for one, other in ((size, data), (data, size)):
     if np.ptp(one) < LEAST_SPREAD:
       return True

@@ -1,87 +1,71 @@
-"""Plans a scaling study: models x budgets x sizes x seeds, as whole configs.
+"""Plans a scaling study: models x budgets x sizes x seeds, as complete configs.
 
-A study is a directory:
-
-  study.json            the command, versions, data and its fingerprint
-  cells/ID/cell.json    what one run is for, and what it was planned to cost
-  cells/ID/plan.json    its config, complete; cells/ID is also its workdir
-
-Budgets are training FLOPs without the output head, as in the laws (`laws.py`).
+Budgets are training FLOPs without the output head, as in the laws (`laws.py`);
+`study.py` says what is written.
 """
 
+import collections
 import dataclasses
-import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from aunet_jax import config as config_lib
 from aunet_jax import terminal
 from aunet_jax.aunet import counts
 from aunet_jax.config import Config, ModelConfig
-from aunet_jax.data import packing, planner, shards, sources
-from aunet_jax.data.tokenizer import Tokenizer
-from aunet_jax.scaling import laws
-from aunet_jax.splitting.splitter import Splitter
-
-STUDY_FILE, CELL_FILE, PLAN_FILE = "study.json", "cell.json", "plan.json"
-
+from aunet_jax.files import write_whole
+from aunet_jax.scaling import laws, study
+from aunet_jax.scaling.sample import Sample
+from aunet_jax.scaling.study import About, Run
 
 # Compute of the smallest run behind the paper's laws, about (Section 2.3).
 LEAST_COMPUTE_OF_LAWS = 1e18
-
-
-SAMPLE_ROWS = 400  # of text, to measure how full rows get
-
-
 MODELS = "byte, bpe, aunet2, aunet3, aunet4, stride@N or FILE.py:FUNCTION"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-  """One run of a study."""
+class Planned(NamedTuple):
+  """A run and the complete config that makes it."""
 
-  id: str
-  model: str
-  budget_flops: float
-  size: float  # FLOPs per byte over what the ratio asks for, wanted
-  seed: int
+  run: Run
   config: Config
-  fill: tuple[float, ...]  # share of each stage's slots expected to be real
-  tokenizer: str | None = None  # hash; None = the model reads bytes
-  bytes_per_unit: float = 1.0  # of a token
 
-  def to_json(self) -> dict:
-    """Everything `cell.json` holds; FLOPs and bytes are of the whole run."""
-    model, train = self.config.model, self.config.train
-    rows = train.num_steps * train.batch_size
-    positions = [
-      rows * s.capacity * fill
-      for s, fill in zip(model.stages, self.fill, strict=True)
-    ]
-    units, flops = positions[0], counts.paper_flops_per_byte(model, head=False)
-    with_head = counts.paper_flops_per_byte(model)
-    return {
-      "id": self.id,
-      "model": self.model,
-      "budget_flops": self.budget_flops,
-      "size": self.size,
-      "seed": self.seed,
-      "params": num_body_parameters(model),
-      "flops_per_byte": flops / self.bytes_per_unit,
-      "flops_per_byte_with_head": with_head / self.bytes_per_unit,
-      "bytes": units * self.bytes_per_unit,
-      "ratio": laws.data_to_model_ratio(units, flops, self.bytes_per_unit),
-      "useful_flops": counts.useful_train_flops(model, positions),
-      "padded_flops": rows * counts.train_flops_per_row(model),
-      "learning_rate": self.config.optimizer.learning_rate,
-      "batch_bytes": units * self.bytes_per_unit / train.num_steps,
-      "tokenizer": self.tokenizer,
-      "bytes_per_token": self.bytes_per_unit if self.tokenizer else None,
-    }
+
+def expected(
+  config: Config, fill: Sequence[float], bytes_per_unit: float
+) -> dict:
+  """Columns of a run: what its config is to read and to cost in all.
+
+  Args: fill: of each stage's slots. bytes_per_unit: of a token, or 1.
+  """
+  model, train = config.model, config.train
+  rows = train.num_steps * train.batch_size
+  positions = [
+    rows * stage.capacity * share
+    for stage, share in zip(model.stages, fill, strict=True)
+  ]
+  units, num_bytes = positions[0], positions[0] * bytes_per_unit
+  flops = counts.paper_flops_per_byte(model, head=False)
+  with_head = counts.paper_flops_per_byte(model)
+  return {
+    "params": num_body_parameters(model),
+    "flops_per_byte": flops / bytes_per_unit,
+    "flops_per_byte_with_head": with_head / bytes_per_unit,
+    "ratio": laws.data_to_model_ratio(units, flops, bytes_per_unit),
+    "bytes": num_bytes,
+    "batch_bytes": num_bytes / train.num_steps,
+    "learning_rate": config.optimizer.learning_rate,
+    "useful_flops": counts.useful_train_flops(model, positions),
+    "padded_flops": rows * counts.train_flops_per_row(model),
+    "fill": tuple(fill),
+    "steps": train.num_steps,
+  }
 
 
 def num_body_parameters(model: ModelConfig) -> int:
@@ -133,20 +117,31 @@ def load_function(name: str) -> Callable[[float], Config]:
   It returns a config as a config file does, sizes, steps, batch and learning
   rate included.
 
-  Raises: ValueError where it cannot be called.
+  Raises: ValueError where it cannot be called; the function it returns, where
+    the user's fails or gives no config.
   """
   path, _, attribute = name.rpartition(":")
+  where = f"--models: {name}"
   if not os.path.isfile(path):
-    raise ValueError(f"--models: {name!r}: there is no file {path!r}.")
+    raise ValueError(f"{where}: there is no file {path!r}.")
   spec = importlib.util.spec_from_file_location("scaling_model", path)
+  if spec is None:
+    raise ValueError(f"{where}: {path} is no .py file.")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+
+  def attempt(what, function, *args):
+    try:
+      return function(*args)
+    except Exception as error:  # whatever a user's file can raise
+      kind = type(error).__name__
+      raise ValueError(f"{where} {what}: {kind}: {error}") from error
+
+  attempt("cannot be read", spec.loader.exec_module, module)
   function = getattr(module, attribute, None)
   if not callable(function):
-    raise ValueError(f"--models: {path} has no function {attribute!r}.")
-
+    raise ValueError(f"{where}: {path} has no function {attribute!r}.")
   return lambda budget: config_lib.as_config(
-    function(budget), f"--models: {name}"
+    attempt(f"fails at {budget:.3g} FLOPs", function, budget), where
   )
 
 
@@ -160,9 +155,16 @@ class OwnLaws:
   budgets: lowest and highest C they were fitted to; None = not said.
   """
 
-  batch_bytes: tuple[float, float] | None = None
-  learning_rate: tuple[float, float] | None = None
-  budgets: tuple[float, float] | None = None
+  batch_bytes: tuple[float, ...] | None = None
+  learning_rate: tuple[float, ...] | None = None
+  budgets: tuple[float, ...] | None = None
+
+  def __post_init__(self):
+    for name, pair in vars(self).items():
+      if pair is not None and not (len(pair) == 2 and pair[0] > 0):
+        raise ValueError(
+          f"{name}={list(pair)} must be two numbers, the first above 0."
+        )
 
   def at(self, name: str, compute: float) -> float | None:
     law = getattr(self, name)
@@ -176,217 +178,173 @@ def read_laws(path: str) -> dict[str, OwnLaws]:
             "budgets": [1e14, 1e16]}}
   Raises: ValueError naming what is wrong with it.
   """
-  names = [field.name for field in dataclasses.fields(OwnLaws)]
-  try:
-    with open(path) as file:
-      values = json.load(file)
-  except (OSError, ValueError) as error:
-    raise ValueError(f"--laws={path} cannot be read: {error}") from None
+  values = study.parse_json(study.read_text(Path(path)), path)
   if not isinstance(values, dict):
     raise ValueError(f"--laws={path} must hold an object of models.")
+  names = [field.name for field in dataclasses.fields(OwnLaws)]
   result = {}
   for model, laws_of in values.items():
     where = f"--laws={path}: {model}"
-    if not isinstance(laws_of, dict) or set(laws_of) - set(names):
+    if isinstance(laws_of, dict) and set(laws_of) - set(names):
       raise ValueError(f"{where} must be an object of {', '.join(names)}.")
-    for name, pair in laws_of.items():
-      good = isinstance(pair, list) and len(pair) == 2
-      good = good and all(type(v) in (int, float) for v in pair)
-      if not good or not (pair[0] > 0 and all(map(math.isfinite, pair))):
-        raise ValueError(
-          f"{where}.{name}={pair} must be two numbers, the first above 0."
-        )
-    result[model] = OwnLaws(**{k: tuple(v) for k, v in laws_of.items()})
+    result[model] = study.parse(OwnLaws, laws_of, where)
   return result
 
 
-# ----- the data behind a plan -----------------------------------------------
+# ----- settings of every run ------------------------------------------------
 
 
-class Sample:
-  """Text of the corpus, to fit capacities to it. Without text, the paper's.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What every config of a study gets beside its model and its laws.
 
-  Args: paths: as data.train. row_bytes: positions of a row. tokenizer: of the
-    models that read tokens.
-  Attributes: bytes_per_token: of this text; without text, the paper's.
-  Raises: ValueError for paths without text, or too little of it.
+  others: as "train.batch_size=8", of the command line.
   """
 
-  def __init__(
-    self,
-    paths: str | None,
-    row_bytes: int,
-    tokenizer: Tokenizer | None = None,
-  ):
-    self.row_bytes, self.documents = row_bytes, None
-    self.tokenizer, self.bytes_per_token = tokenizer, laws.BYTES_PER_TOKEN
-    self.fingerprint = None
-    self._known = {}
-    if paths is not None:
-      files, _ = sources.list_sources(paths)
-      self.fingerprint = fingerprint(paths)
-      self.documents = shards.sample(files, "text", SAMPLE_ROWS * row_bytes)
-    if tokenizer is not None and self.documents is not None:
-      self._tokens = [tokenizer.encode(text) for text in self.documents]
-      self.bytes_per_token = sum(map(len, self.documents)) / sum(
-        map(len, self._tokens)
+  data: str | None
+  heldout: str | None
+  others: Sequence[str] = ()
+
+  def __post_init__(self):
+    for item in self.others:
+      if "=" not in item:
+        raise ValueError(f"--set={item}: write --set=train.batch_size=8.")
+
+  def apply(self, config: Config, name: str) -> Config:
+    """Raises: ValueError naming run and setting."""
+    steps = config.train.num_steps
+    settings = [
+      f"train.log_every_steps={max(1, steps // 100)}",
+      f"checkpoint.every_steps={max(1, steps // 10)}",
+      "checkpoint.keep=1",
+      "train.sample_bytes=0",
+      "train.tensorboard=False",
+    ]
+    if self.data is not None:
+      settings.append(f"data.train={self.data}")
+    if self.heldout is not None:
+      settings.append(f"data.heldout={self.heldout}")
+    try:
+      return _override(config, [*settings, *self.others])
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from None
+
+
+def _override(config: Config, settings: Sequence[str]) -> Config:
+  flags = [f"--config.{item}" for item in settings]
+  with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+    file.write(config.to_json())
+    file.flush()
+    return config_lib.parse_flags([f"--config={file.name}", *flags])
+
+
+# ----- runs -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+  """What a study varies: a run for every combination.
+
+  Raises: ValueError for laws of models that are not planned.
+  """
+
+  models: Sequence[str]
+  budgets: Sequence[float]
+  # Of an IsoFLOP grid: FLOPs per byte over what the ratio asks for. Sizes for
+  # which the ladder has the same model make one run.
+  sizes: Sequence[float] = (1.0,)
+  ratio: float = laws.SCALING_RATIO
+  seeds: Sequence[int] = (0,)
+  single_seed_above: float = math.inf  # budgets above it: the first seed alone
+  batch_bytes: Sequence[float | None] = (None,)  # None = the laws
+  learning_rates: Sequence[float | None] = (None,)
+  own_laws: Mapping[str, OwnLaws] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    unknown = sorted(set(self.own_laws) - set(self.models))
+    if unknown:
+      raise ValueError(
+        f"the laws are of {', '.join(unknown)}, not among --models="
+        f"{','.join(self.models)}."
       )
 
-  def fit_tokens(
-    self, model: ModelConfig
-  ) -> tuple[ModelConfig, tuple[float, ...]]:
-    """As `fit`, for rows of tokens that hold as many bytes as the others.
 
-    Raises: ValueError where there is text, but no tokenizer for it.
-    """
-    length = max(2, round(self.row_bytes / self.bytes_per_token))
-    fill, vocab_size = 1.0, model.vocab_size
-    if self.documents is not None:
-      if self.tokenizer is None:
-        raise ValueError(
-          "--models=bpe reads tokens of your text: name a --tokenizer; "
-          "python -m aunet_jax.tokenizer makes one."
-        )
-      packer = packing.Packer(Splitter(()), [length])
-      rows = [
-        row
-        for number, tokens in enumerate(self._tokens)
-        for row in packer.add(number, tokens, None)
-      ]
-      rows += packer.finish()
-      fill = float(packer.used_S[0] / (len(rows) * length))
-      vocab_size = self.tokenizer.vocab_size
-    (stage,) = model.stages
-    stage = dataclasses.replace(stage, capacity=length)
-    model = dataclasses.replace(model, stages=(stage,), vocab_size=vocab_size)
-    return model, (fill,)
-
-  def fit(self, model: ModelConfig) -> tuple[ModelConfig, tuple[float, ...]]:
-    """The model for rows of this text, and the share of slots it fills."""
-    if self.documents is None:
-      share = self.row_bytes / model.capacities[0]
-      capacities = tuple(math.ceil(c * share) for c in model.capacities)
-      fill = (1.0,) * model.num_stages
-    else:
-      if model.rules not in self._known:
-        self._known[model.rules] = planner.recommend(
-          self.documents, Splitter(model.rules), self.row_bytes
-        )
-      plan = self._known[model.rules]
-      capacities, fill = plan.capacities, plan.fill
-    stages = tuple(
-      dataclasses.replace(stage, capacity=capacity)
-      for stage, capacity in zip(model.stages, capacities, strict=True)
-    )
-    return dataclasses.replace(model, stages=stages), tuple(fill)
-
-
-def fingerprint(paths: str) -> str:
-  """Names a set of files by their names and sizes.
-
-  Training checks the text itself; this tells studies of other text apart.
-  """
-  files, _ = sources.list_sources(paths)
-  names = []
-  for file in files:
-    local = os.path.isfile(file.path)
-    size = os.path.getsize(file.path) if local else None
-    names.append([os.path.basename(file.path), size])
-  text = json.dumps(sorted(names, key=str))
-  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-# ----- cells ----------------------------------------------------------------
-
-
-def make_cells(
-  models: Sequence[str],
-  budgets: Sequence[float],
-  *,
+def make_runs(
+  grid: Grid,
   sample: Sample,
-  sizes: Sequence[float] = (1.0,),
-  ratio: float = laws.SCALING_RATIO,
-  seeds: Sequence[int] = (0,),
-  single_seed_above: float = math.inf,
-  batch_bytes: Sequence[float | None] = (None,),
-  learning_rates: Sequence[float | None] = (None,),
-  own_laws: Mapping[str, OwnLaws] | None = None,
-  finish: Callable[[Config, str], Config] = lambda config, cell: config,
-) -> list[Cell]:
+  finish: Callable[[Config, str], Config] = lambda config, name: config,
+) -> list[Planned]:
   """Every run of a study, cheapest budget first.
 
-  Args:
-    sizes: of an IsoFLOP grid: FLOPs per byte over what the ratio asks for.
-      Sizes for which the ladder has the same model make one cell.
-    single_seed_above: budgets above it have the first seed alone.
-    batch_bytes, learning_rates: None = the laws.
-    own_laws: by model, where they are not to be the paper's.
-    finish: sees every config with its cell's id last.
+  Args: finish: sees every config with its run's id last.
   Raises: ValueError naming what cannot be planned.
   """
-  cells = []
-  own_laws = own_laws or {}
-  unknown = sorted(set(own_laws) - set(models))
-  if unknown:
-    raise ValueError(
-      f"the laws are of {', '.join(unknown)}, not among --models="
-      f"{','.join(models)}."
-    )
-  several = len(sizes) > 1
-  sweeps = len(batch_bytes) * len(learning_rates) > 1
-  for budget in sorted(budgets):
-    for name in models:
-      unit = sample.bytes_per_token if name == "bpe" else None
-      own = own_laws.get(name, OwnLaws())
-      for size, model, fill, base in _sized(name, budget, sizes, ratio, sample):
-        for batch in batch_bytes:
-          for rate in learning_rates:
-            for seed in seeds if budget <= single_seed_above else seeds[:1]:
-              cell = f"{_slug(name)}-{budget:.3g}".replace("+", "")
-              cell += f"-x{size:g}" if several else ""
-              config = base or laws.run_config(
-                model,
-                budget,
-                batch_bytes=batch or own.at("batch_bytes", budget),
-                learning_rate=rate or own.at("learning_rate", budget),
-                byte_fill=fill[0],
-                bytes_per_unit=unit,
-              )
-              tokenizer = sample.tokenizer if name == "bpe" else None
-              if tokenizer is not None:
-                source = config_lib.DataConfig(tokenizer=tokenizer.path)
-                config = dataclasses.replace(config, data=source)
-              if sweeps:
-                rows = config.train.batch_size
-                cell += f"-b{rows}-lr{config.optimizer.learning_rate:.3g}"
-              cell += f"-s{seed}"
-              config = dataclasses.replace(config, seed=seed)
-              cells.append(
-                Cell(
-                  id=cell,
-                  model=name,
-                  budget_flops=budget,
-                  size=size,
-                  seed=seed,
-                  config=finish(config, cell),
-                  fill=fill,
-                  tokenizer=None if tokenizer is None else tokenizer.hash,
-                  bytes_per_unit=unit or 1.0,
-                )
-              )
-  twice = [
-    c.id for i, c in enumerate(cells) if c.id in {d.id for d in cells[:i]}
-  ]
+  planned = []
+  for budget, name in itertools.product(sorted(grid.budgets), grid.models):
+    bpe = sample.tokenizer if name == "bpe" else None
+    unit = sample.bytes_per_token if name == "bpe" else None
+    own = grid.own_laws.get(name, OwnLaws())
+    one_seed = budget > grid.single_seed_above
+    for sized, batch, rate, seed in itertools.product(
+      _sized(grid, name, budget, sample),
+      grid.batch_bytes,
+      grid.learning_rates,
+      grid.seeds[:1] if one_seed else grid.seeds,
+    ):
+      config = sized.config or laws.run_config(
+        sized.model,
+        budget,
+        batch_bytes=batch or own.at("batch_bytes", budget),
+        learning_rate=rate or own.at("learning_rate", budget),
+        byte_fill=sized.fill[0],
+        bytes_per_unit=unit,
+      )
+      if bpe is not None:
+        source = config_lib.DataConfig(tokenizer=bpe.path)
+        config = dataclasses.replace(config, data=source)
+      config = dataclasses.replace(config, seed=seed)
+      run_id = _name(grid, name, budget, sized.size, config)
+      config = finish(config, run_id)
+      run = Run(
+        id=run_id,
+        run=f"cells/{run_id}",
+        model=name,
+        budget_flops=budget,
+        size=sized.size,
+        seed=seed,
+        loss=None,
+        excluded=None,
+        planned_data=sample.fingerprint,
+        tokenizer=None if bpe is None else bpe.hash,
+        bytes_per_token=None if bpe is None else unit,
+        **expected(config, sized.fill, unit or 1.0),
+      )
+      planned.append(Planned(run, config))
+  names = collections.Counter(run.id for run, _ in planned)
+  twice = [name for name, number in names.items() if number > 1]
   if twice:
     raise ValueError(f"two runs would be called {twice[0]}; drop one of them.")
-  short = [c.id for c in cells if c.config.train.eval_bytes is not None]
-  if short and len({c.config.model for c in cells}) > 1:
+  short = [p.run.id for p in planned if p.config.train.eval_bytes is not None]
+  if short and len({p.config.model for p in planned}) > 1:
     raise ValueError(
       f"{short[0]} sets train.eval_bytes, which takes other held-out text for "
       f"rows of another shape; leave it out, and give a --heldout as short as "
       f"you want it."
     )
-  return cells
+  return planned
+
+
+def _name(
+  grid: Grid, model: str, budget: float, size: float, config: Config
+) -> str:
+  """An id that tells what differs between the runs of the grid."""
+  name = f"{_slug(model)}-{budget:.3g}".replace("+", "")
+  if len(grid.sizes) > 1:
+    name += f"-x{size:g}"
+  if len(grid.batch_bytes) * len(grid.learning_rates) > 1:
+    rate = config.optimizer.learning_rate
+    name += f"-b{config.train.batch_size}-lr{rate:.3g}"
+  return f"{name}-s{config.seed}"
 
 
 def _slug(name: str) -> str:
@@ -394,49 +352,55 @@ def _slug(name: str) -> str:
   return "".join(c for c in name if c.isalnum())
 
 
-def _sized(name, budget, sizes, ratio, sample):
-  """(size, model, fill, whole config or None) for one model and budget."""
+class _Sized(NamedTuple):
+  """One model of a family at a budget."""
+
+  size: float
+  model: ModelConfig
+  fill: tuple[float, ...]
+  config: Config | None = None  # of the user's own function: complete
+
+
+def _sized(
+  grid: Grid, name: str, budget: float, sample: Sample
+) -> list[_Sized]:
   if ":" in name:
-    base = load_function(name)(budget)
-    return [(1.0, base.model, (1.0,) * base.model.num_stages, base)]
+    own = load_function(name)(budget)
+    return [_Sized(1.0, own.model, (1.0,) * own.model.num_stages, own)]
   tokens = name == "bpe"
   fit = sample.fit_tokens if tokens else sample.fit
-  fitted = [fit(model) for model in ladder(name)]
-  fills = {model: fill for model, fill in fitted}
+  fills = dict(fit(model) for model in ladder(name))
   found = {}
-  for size in sorted(sizes):
-    wanted = size * laws.flops_per_byte_for(budget, ratio)
+  for size in sorted(grid.sizes):
+    wanted = size * laws.flops_per_byte_for(budget, grid.ratio)
     wanted *= sample.bytes_per_token if tokens else 1.0
     try:
-      model = laws.nearest_model([model for model, _ in fitted], wanted)
+      model = laws.nearest_model(list(fills), wanted)
     except ValueError as error:
       raise ValueError(f"{name} at {budget:.3g} FLOPs: {error}") from None
     found.setdefault(model, size)
-  return [(size, model, fills[model], None) for model, size in found.items()]
+  return [_Sized(size, model, fills[model]) for model, size in found.items()]
 
 
-def warnings_of(
-  cells: Sequence[Cell], own_laws: Mapping[str, OwnLaws]
-) -> list[str]:
-  """What a plan's batches and learning rates rest on that nobody has measured.
-
-  Args: cells: those that follow laws. own_laws: as in `make_cells`.
-  """
+def warnings_of(grid: Grid) -> list[str]:
+  """What batches and learning rates rest on that nobody has measured."""
+  if None not in (*grid.batch_bytes, *grid.learning_rates):
+    return []
   lines = []
   papers, small, outside = set(), set(), {}
-  for cell in cells:
-    own = own_laws.get(cell.model, OwnLaws())
-    if ":" in cell.model:  # the user's own function sets both
+  for budget, model in itertools.product(sorted(grid.budgets), grid.models):
+    own = grid.own_laws.get(model, OwnLaws())
+    if ":" in model:  # the user's own function sets both
       continue
     if own.batch_bytes is None or own.learning_rate is None:
-      papers.add(cell.model)
-      if cell.budget_flops < LEAST_COMPUTE_OF_LAWS:
-        small.add(cell.budget_flops)
+      papers.add(model)
+      if budget < LEAST_COMPUTE_OF_LAWS:
+        small.add(budget)
     low, high = own.budgets or (0, math.inf)
-    if not low <= cell.budget_flops <= high:
-      outside.setdefault(cell.model, set()).add(cell.budget_flops)
+    if not low <= budget <= high:
+      outside.setdefault(model, set()).add(budget)
   for model, budgets in outside.items():
-    low, high = own_laws[model].budgets
+    low, high = grid.own_laws[model].budgets
     lines.append(
       f"the laws given for {model} were fitted to {low:.3g} to {high:.3g} "
       f"FLOPs; {', '.join(f'{b:.3g}' for b in sorted(budgets))} lie outside."
@@ -457,51 +421,50 @@ def warnings_of(
   return lines
 
 
-# ----- on disk --------------------------------------------------------------
+# ----- on disk, and shown ---------------------------------------------------
 
 
-def write(study: Path, cells: Sequence[Cell], about: dict) -> None:
+def write(directory: Path, planned: Sequence[Planned], about: About) -> None:
   """Writes a study directory.
 
   Raises: ValueError where it holds a study already.
   """
-  if (study / STUDY_FILE).exists():
+  if (directory / study.STUDY_FILE).exists():
     raise ValueError(
-      f"{study} holds a study already; `run` continues it. Use another "
+      f"{directory} holds a study already; `run` continues it. Use another "
       f"directory for another plan."
     )
-  for cell in cells:
-    directory = study / "cells" / cell.id
-    directory.mkdir(parents=True, exist_ok=True)
-    values = cell.to_json() | {"data_fingerprint": about["data_fingerprint"]}
-    (directory / CELL_FILE).write_text(json.dumps(values, indent=1) + "\n")
-    (directory / PLAN_FILE).write_text(cell.config.to_json() + "\n")
+  for run, config in planned:
+    study.write_run(directory, run, config.to_json())
   # Last: a plan that was cut short is no study.
-  (study / STUDY_FILE).write_text(json.dumps(about, indent=1) + "\n")
+  text = json.dumps(dataclasses.asdict(about), indent=1)
+  write_whole(directory / study.STUDY_FILE, text + "\n")
 
 
-def show_plan(cells, flops_per_second, price_per_hour) -> str:
-  """One line a cell, then the sum of what it will take."""
-  width = max(len(cell.id) for cell in cells)
+def show(
+  runs: Sequence[Run],
+  flops_per_second: float | None,
+  price_per_hour: float | None,
+) -> str:
+  """One line a run, then the sum of what it will take."""
+  width = max(len(run.id) for run in runs)
   lines = [
     f"{'cell':{width}}  params  FLOPs/byte  bytes   ratio   batch  "
     f"learning rate  useful/padded FLOPs  time"
   ]
-  total = 0.0
-  for cell in cells:
-    v = cell.to_json()
-    total += v["padded_flops"]
+  for run in runs:
     time = ""
     if flops_per_second:
-      time = terminal.duration(v["padded_flops"] / flops_per_second)
+      time = terminal.duration(run.padded_flops / flops_per_second)
     lines.append(
-      f"{cell.id:{width}}  {terminal.si(v['params']):>6}  "
-      f"{v['flops_per_byte']:10.3g}  {terminal.si(v['bytes']):>6}  "
-      f"{v['ratio']:5.3g}  {terminal.si(v['batch_bytes']):>6}  "
-      f"{v['learning_rate']:13.4g}  "
-      f"{v['useful_flops']:.2e}/{v['padded_flops']:.2e}  {time}".rstrip()
+      f"{run.id:{width}}  {terminal.si(run.params):>6}  "
+      f"{run.flops_per_byte:10.3g}  {terminal.si(run.bytes):>6}  "
+      f"{run.ratio:5.3g}  {terminal.si(run.batch_bytes):>6}  "
+      f"{run.learning_rate:13.4g}  "
+      f"{run.useful_flops:.2e}/{run.padded_flops:.2e}  {time}".rstrip()
     )
-  line = f"{len(cells)} cells, {total:.3g} padded FLOPs"
+  total = float(sum(run.padded_flops for run in runs))
+  line = f"{len(runs)} cells, {total:.3g} padded FLOPs"
   if flops_per_second:
     hours = total / flops_per_second / 3600
     line += f", {terminal.duration(3600 * hours)} at {flops_per_second:.3g}/s"

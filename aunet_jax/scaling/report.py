@@ -13,8 +13,8 @@ from pathlib import Path
 
 from aunet_jax.scaling import draw, figures
 from aunet_jax.scaling.analysis import FITS_FILE
-from aunet_jax.scaling.collect import NUMBERS_FILE, Table
 from aunet_jax.scaling.figures import anchor
+from aunet_jax.scaling.study import NUMBERS_FILE, Run, Table
 from aunet_jax.scaling.summary import (
   METHODS,
   heldout_text,
@@ -23,7 +23,6 @@ from aunet_jax.scaling.summary import (
 )
 
 REPORT_FILE = "report.html"
-
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -107,7 +106,7 @@ def _run_links(ids: Sequence[str]) -> str:
 
 
 def command(result: dict) -> str:
-  """What makes this report anew beside its numbers."""
+  """What makes this report again, run beside its numbers."""
   options = result["options"]
   parts = [
     f"python -m aunet_jax.scaling plot {NUMBERS_FILE} --out=.",
@@ -154,7 +153,7 @@ def _page(table: Table, result: dict, charts) -> str:
 
 def _about(table: Table, result: dict) -> list[str]:
   units, about = result["units"], table.about
-  good = sum(row["excluded"] is None for row in table.rows)
+  good = sum(run.excluded is None for run in table.rows)
   lines = [
     f"<p>{good} of {len(table.rows)} runs can be compared. Loss: "
     f"{_e(units['loss'])}. N is {_e(units['size'])}, D {_e(units['data'])}, C "
@@ -172,10 +171,10 @@ def _about(table: Table, result: dict) -> list[str]:
       f"<p class=warn>{warnings} warnings stand beside the fits below: what "
       f"they say of the data comes first.</p>"
     )
-  if "command" in about:
-    lines.append(f"<p>Planned with <code>{_e(about['command'])}</code>.</p>")
-  if "source" in about:
-    lines.append(f"<p>Points of <code>{_e(about['source'])}</code>.</p>")
+  if about.command is not None:
+    lines.append(f"<p>Planned with <code>{_e(about.command)}</code>.</p>")
+  if about.source is not None:
+    lines.append(f"<p>Points of <code>{_e(about.source)}</code>.</p>")
   lines.append(f"<p>Made anew by <code>{_e(command(result))}</code>.</p>")
   return lines
 
@@ -384,7 +383,7 @@ def _cells(result: dict) -> list[str]:
 
 def _runs(table: Table) -> list[str]:
   """Every row of the table, with the directory it came from."""
-  measured = any("useful_flops" in row for row in table.rows)
+  measured = any(run.useful_flops is not None for run in table.rows)
   head = (
     ["run", "<th class=text>model", "seed"]
     if measured
@@ -394,23 +393,23 @@ def _runs(table: Table) -> list[str]:
   if measured:
     head += ["held-out bytes", "useful FLOPs", "useful / padded", "fill"]
   rows, classes = [], []
-  for row in table.rows:
-    out = row["excluded"] is not None
-    cells = [_e(row["id"]), f"<td class=text>{_e(row['model'])}</td>"]
+  for run in table.rows:
+    cells = [_e(run.id), f"<td class=text>{_e(run.model)}</td>"]
     if measured:
-      cells.append("" if row["seed"] is None else _e(row["seed"]))
+      cells.append("" if run.seed is None else _e(run.seed))
     cells += [
-      number(row.get("budget_flops")),
-      number(row.get("params")),
-      number(row.get("bytes")),
-      "" if row.get("loss") is None else f"{row['loss']:.4f}",
+      number(run.budget_flops),
+      number(run.params),
+      number(run.bytes),
+      "" if run.loss is None else f"{run.loss:.4f}",
     ]
     if measured:
-      cells += _measured_cells(row)
-    text = row["run"] + (f" — excluded: {row['excluded']}" if out else "")
+      cells += _measured_cells(run)
+    out = run.excluded is not None
+    text = run.run + (f" — excluded: {run.excluded}" if out else "")
     cells.append(_reason(text))
     rows.append(cells)
-    classes.append(f'id="{anchor(row["id"])}"' + (" class=out" if out else ""))
+    classes.append(f'id="{anchor(run.id)}"' + (" class=out" if out else ""))
   return [
     "<h2>Runs</h2>",
     "<p>Directories are relative to the study's.</p>",
@@ -418,14 +417,12 @@ def _runs(table: Table) -> list[str]:
   ]
 
 
-def _measured_cells(row: dict) -> list[str]:
-  if row["useful_flops"] is None:
+def _measured_cells(run: Run) -> list[str]:
+  if None in (run.useful_flops, run.padded_flops, run.fill):
     return [""] * 4
-  share = row["useful_flops"] / row["padded_flops"]
-  heldout = row["heldout_bytes"]
   return [
-    "" if heldout is None else f"{heldout:,}",
-    number(row["useful_flops"]),
-    f"{share:.3f}",
-    " ".join(f"{100 * fill:.1f}%" for fill in row["fill"]),
+    "" if run.heldout_bytes is None else f"{run.heldout_bytes:,}",
+    number(run.useful_flops),
+    f"{run.useful_flops / run.padded_flops:.3f}",
+    " ".join(f"{100 * fill:.1f}%" for fill in run.fill),
   ]

@@ -1,4 +1,4 @@
-"""Shows what `scaling_analysis.analyse` found as lines of text."""
+"""Shows what `analysis.analyse` found as lines of text."""
 
 
 def number(value: float | None) -> str:

@@ -22,10 +22,12 @@ from aunet_jax.data import loader
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.generate import __main__ as generate_main
-from aunet_jax.scaling import laws, plan
+from aunet_jax.scaling import plan
+from aunet_jax.scaling.sample import Sample
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import __main__ as train_main
 from aunet_jax.workdir import layout, load
+from tests.scaling.published_runs import BPE_LADDER
 
 ROOT = Path(__file__).parents[2]
 WORDS = "the cat and the other cat sat on their mats; naïve 4242 öäü\n\n"
@@ -392,33 +394,35 @@ def test_a_tokenizer_that_cannot_be_made_says_why(
 def test_a_plan_matches_contexts_and_compute_in_bytes(tmp_path, tokens):
   text = tmp_path / "text.txt"
   text.write_text(WORDS * 400)
-  sample = plan.Sample(str(text), 256, tokens)
-  byte, bpe = plan.make_cells(
-    ["byte", "bpe"], [1e11], sample=sample, ratio=1e-3
-  )
+  sample = Sample(str(text), 256, tokens)
+  grid = plan.Grid(models=["byte", "bpe"], budgets=[1e11], ratio=1e-3)
+  byte, bpe = plan.make_runs(grid, sample)
   length = bpe.config.model.capacities[0]
   exact = len(WORDS.encode()) / len(tokens.encode(WORDS.encode()))
   assert sample.bytes_per_token == pytest.approx(exact, rel=0.01)
   assert length == pytest.approx(256 / exact, abs=1)
   assert bpe.config.model.vocab_size == tokens.vocab_size
   assert bpe.config.data.tokenizer == tokens.path
-  for cell in (byte, bpe):
-    planned = cell.to_json()
-    spent = planned["flops_per_byte"] * planned["bytes"]
-    whole_steps = 0.51 / cell.config.train.num_steps
+  for run, config in (byte, bpe):
+    spent = run.flops_per_byte * run.bytes
+    whole_steps = 0.51 / config.train.num_steps
     assert spent == pytest.approx(1e11, rel=whole_steps)
-  assert bpe.to_json()["tokenizer"] == tokens.hash
+  assert bpe.run.tokenizer == tokens.hash
   with pytest.raises(ValueError, match="name a --tokenizer"):
-    plan.make_cells(["bpe"], [1e11], sample=plan.Sample(str(text), 256))
+    grid = plan.Grid(models=["bpe"], budgets=[1e11])
+    plan.make_runs(grid, Sample(str(text), 256))
 
 
 def test_the_papers_baseline_is_planned_as_it_was_run():
-  sample = plan.Sample(None, round(2048 * 4.56))
-  for run in laws.BPE_LADDER:
-    (cell,) = plan.make_cells(["bpe"], [run.compute], sample=sample)
-    assert cell.config.model == run.model
-    rate = cell.config.optimizer.learning_rate
-    assert rate == pytest.approx(run.learning_rate, rel=0.01)
-    assert cell.config.optimizer.warmup_steps == 2000  # Table 11
-    tokens_a_step = cell.to_json()["batch_bytes"] / 4.56
-    assert tokens_a_step == pytest.approx(run.printed_units_per_step, rel=0.07)
+  sample = Sample(None, round(2048 * 4.56))
+  for published in BPE_LADDER:
+    grid = plan.Grid(models=["bpe"], budgets=[published.compute])
+    ((run, config),) = plan.make_runs(grid, sample)
+    assert config.model == published.model
+    rate = config.optimizer.learning_rate
+    assert rate == pytest.approx(published.learning_rate, rel=0.01)
+    assert config.optimizer.warmup_steps == 2000  # Table 11
+    tokens_a_step = run.batch_bytes / 4.56
+    assert tokens_a_step == pytest.approx(
+      published.printed_units_per_step, rel=0.07
+    )

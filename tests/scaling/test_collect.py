@@ -9,6 +9,8 @@ import pytest
 from aunet_jax.aunet import counts
 from aunet_jax.scaling import __main__ as scaling_main
 from aunet_jax.scaling import collect, plan
+from aunet_jax.scaling.sample import Sample
+from aunet_jax.scaling.study import write_table
 
 ROOT = Path(__file__).parents[2]
 MODEL = f"{Path(__file__).parents[1] / 'tiny.py'}:for_budget"
@@ -70,8 +72,8 @@ def planned(tmp_path_factory):
   return study
 
 
-@pytest.fixture
-def study(planned, tmp_path):
+@pytest.fixture(name="study")
+def _study(planned, tmp_path):
   return Path(shutil.copytree(planned, tmp_path / "study"))
 
 
@@ -93,23 +95,24 @@ def edit(path, **changes):
 def test_a_row_holds_what_the_run_read_ran_and_reached(study):
   table = collect.collect(study)
   row = table.rows[1]
-  assert row["excluded"] is None and row["seed"] == 1
-  assert row["loss"] == pytest.approx(2.31)
-  assert row["heldout_bytes"] == 5000
-  assert row["bytes"] == 6 * 700 and row["run"] == "cells/forbudget-1e09-s1"
-  assert row["fill"] == [0.5, 1.0]
-  (planned, *_) = plan.make_cells([MODEL], [1e9], sample=plan.Sample(None, 128))
-  model, rows = planned.config.model, 6 * planned.config.train.batch_size
+  assert row.excluded is None and row.seed == 1
+  assert row.loss == pytest.approx(2.31)
+  assert row.heldout_bytes == 5000
+  assert row.bytes == 6 * 700 and row.run == "cells/forbudget-1e09-s1"
+  assert row.fill == (0.5, 1.0)
+  grid = plan.Grid(models=[MODEL], budgets=[1e9])
+  ((_, config),) = plan.make_runs(grid, Sample(None, 128))
+  model, rows = config.model, 6 * config.train.batch_size
   positions = [rows * 0.5 * 128, rows * 32]
-  assert row["useful_flops"] == counts.useful_train_flops(model, positions)
-  assert row["padded_flops"] == rows * counts.train_flops_per_row(model)
-  assert (row["packed_data"], row["splitter"]) == ("text", "words")
+  assert row.useful_flops == counts.useful_train_flops(model, positions)
+  assert row.padded_flops == rows * counts.train_flops_per_row(model)
+  assert (row.packed_data, row.splitter) == ("text", "words")
 
 
 def test_directories_of_this_machine_are_not_in_the_table(study):
   command = "plan /a/b/study --models=own/m.py:f --data=/c/d/train,/e.txt"
   edit(study / "study.json", command=command)
-  shown = collect.collect(study).about["command"]
+  shown = collect.collect(study).about.command
   assert shown == "plan …/study --models=own/m.py:f --data=…/train,/e.txt"
 
 
@@ -117,9 +120,9 @@ def test_the_table_is_read_as_it_was_written(study, tmp_path):
   (cell(study, 0) / "state.json").unlink()
   table = collect.collect(study)
   path = tmp_path / "numbers.jsonl"
-  collect.write(table, path)
+  write_table(table, path)
   assert collect.load(path) == table
-  assert table.rows[0]["excluded"] is not None
+  assert table.rows[0].excluded is not None
 
 
 def rewrite(study, seed, rows, state=DONE, **host):
@@ -214,24 +217,24 @@ def test_what_cannot_be_compared_is_excluded_and_never_averaged(
   spoil, reason = BAD[kind]
   spoil(study)
   rows = collect.collect(study).rows
-  assert [row["excluded"] is None for row in rows] == [False, *[True] * 3]
-  assert reason in rows[0]["excluded"]
+  assert [row.excluded is None for row in rows] == [False, *[True] * 3]
+  assert reason in rows[0].excluded
   out = study / "report"
   assert scaling_main.main(["fit", str(study), f"--out={out}"]) == 0
-  assert f"excluded: {rows[0]['id']}: " in capsys.readouterr().out
+  assert f"excluded: {rows[0].id}: " in capsys.readouterr().out
   result = json.loads((out / "fits.json").read_text())
   (model,) = result["models"].values()
   (only,) = model["cells"]
   assert len(only["ids"]) == 3
   assert only["loss"] == pytest.approx((2.31 + 2.32 + 2.33) / 3)
-  assert result["excluded"][0]["id"] == rows[0]["id"]
+  assert result["excluded"][0]["id"] == rows[0].id
 
 
 def test_a_run_with_another_rule_is_excluded(study):
   for name in ("config.json", "plan.json"):
     path = cell(study, 2) / name
     path.write_text(path.read_text().replace("word@1", "word@2"))
-  reasons = [row["excluded"] for row in collect.collect(study).rows]
+  reasons = [row.excluded for row in collect.collect(study).rows]
   assert "has other splitting rules" in reasons[2]
   assert reasons.count(None) == 3
 
@@ -247,7 +250,7 @@ def test_a_table_without_a_usable_run_says_why(study, capsys):
   "name, text, message",
   [
     ("absent.jsonl", None, "does not exist"),
-    ("n.jsonl", "[1]\n", "line 1: it is no object"),
+    ("n.jsonl", "[1]\n", "no loss_unit"),
     ("n.jsonl", '{"a": 1}\n', "no loss_unit"),
     ("n.jsonl", '{"loss_unit": "b"}\n{', "line 2"),
     (
@@ -273,5 +276,5 @@ def test_published_points_get_the_third_of_size_data_and_compute(tmp_path):
   path = tmp_path / "points.csv"
   path.write_text("loss,params,Training FLOP\n2.5,10,600\n2.4,10,0\n")
   first, second = collect.load(path).rows
-  assert first["bytes"] == 10 and first["excluded"] is None
-  assert second["excluded"] == "Training FLOP is 0.0"
+  assert first.bytes == 10 and first.excluded is None
+  assert second.excluded == "Training FLOP is 0.0"

@@ -4,6 +4,7 @@ The published points are beside a checkout, in ../shared/data/scaling; without
 them those tests are skipped.
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import threadpoolctl
 
 from aunet_jax.scaling import analysis, collect, fit
 from aunet_jax.scaling import valleys as valleys_lib
+from aunet_jax.scaling.study import Description, Run, Table
 from aunet_jax.scaling.valleys import power_line
 from benchmarks import scaling_coverage
 
@@ -22,12 +24,12 @@ LADDER = fit.Law(0.9, (30.0,), (0.09,))
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-  """As the command does; see `scaling_analysis.analyse`."""
+  """As the command does; see `analysis.analyse`."""
   with threadpoolctl.threadpool_limits(1, "blas"):
     yield
 
 
-def published(name: str) -> collect.Table:
+def published(name: str) -> Table:
   path = POINTS / name
   if not path.exists():
     pytest.skip(f"{path} is not there")
@@ -175,24 +177,25 @@ def test_few_points_give_wider_intervals_or_none():
 # ----- what an analysis warns of --------------------------------------------
 
 
-def table(rows, **about) -> collect.Table:
+def table(rows) -> Table:
   """Rows of (model, budget, size, seed, loss)."""
-  return collect.Table(
-    {"loss_unit": "bits per byte", "data_unit": "bytes", **about},
+  return Table(
+    Description(loss_unit="bits per byte", data_unit="bytes"),
     [
-      {
-        "id": f"{model}-{budget:g}-{size:g}-s{seed}",
-        "model": model,
-        "seed": seed,
-        "budget_flops": budget,
-        "flops_per_byte": size,
-        "params": int(size),
-        "bytes": budget / size,
-        "useful_flops": 1.1 * budget,
-        "loss": loss,
-        "heldout_bytes": 5000,
-        "excluded": None,
-      }
+      Run(
+        id=f"{model}-{budget:g}-{size:g}-s{seed}",
+        model=model,
+        seed=seed,
+        budget_flops=budget,
+        flops_per_byte=size,
+        params=int(size),
+        bytes=budget / size,
+        useful_flops=1.1 * budget,
+        loss=loss,
+        heldout_bytes=5000,
+        run="",
+        excluded=None,
+      )
       for model, budget, size, seed, loss in rows
     ],
   )
@@ -229,9 +232,13 @@ def test_of_a_sweep_the_best_setting_is_fitted_and_the_others_are_listed():
     some = table(ladder_rows([1e13, 1e14], seeds=2, model="m")).rows
     worse = 0.2 if rate == 1e-3 else 0.0
     rows += [
-      row
-      | {"id": f"{row['id']}-{rate}", "learning_rate": rate}
-      | {"loss": row["loss"] + worse, "batch_bytes": 8192.0}
+      dataclasses.replace(
+        row,
+        id=f"{row.id}-{rate}",
+        learning_rate=rate,
+        batch_bytes=8192.0,
+        loss=row.loss + worse,
+      )
       for row in some
     ]
   result = analysis.analyse(
@@ -350,14 +357,14 @@ def test_valleys_of_every_published_set_give_a_law_of_allocation(drop_flagged):
   table = published("isoflops_published.csv")
   sets = {}
   for row in table.rows:
-    if not (drop_flagged and row["flagged"]):
-      budgets = sets.setdefault(row["model"], {})
-      budgets.setdefault(row["budget_flops"], []).append(row)
+    if not (drop_flagged and row.flagged):
+      budgets = sets.setdefault(row.model, {})
+      budgets.setdefault(row.budget_flops, []).append(row)
   assert len(sets) == 8
   for name, budgets in sets.items():
     valleys = []
     for budget, rows in budgets.items():
-      columns = np.array([[r["params"], r["bytes"], r["loss"]] for r in rows]).T
+      columns = np.array([[r.params, r.bytes, r.loss] for r in rows]).T
       if len(set(columns[0])) >= 3:
         one = valleys_lib.valley(budget, *columns)
         valleys += [] if one.problem else [one]
@@ -372,7 +379,7 @@ def test_every_fit_runs_on_every_published_set():
   options = analysis.Options(drop_flagged=True, bootstrap=50)
   result = analysis.analyse(table, options)
   assert len(result["models"]) == 8
-  flagged = [row["id"] for row in table.rows if row["flagged"]]
+  flagged = [row.id for row in table.rows if row.flagged]
   assert [item["id"] for item in result["dropped"]] == flagged
   for name, model in result["models"].items():
     for method in ("isoflop", "huber", "vpnls"):

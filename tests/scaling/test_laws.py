@@ -6,10 +6,16 @@ import pytest
 
 from aunet_jax.aunet import counts
 from aunet_jax.scaling import laws
+from tests.scaling import published_runs
+from tests.scaling.published_runs import FIXED_BUDGET_RUNS, config_for_budget
 
-SCALING = laws.AUNET2_LADDER + laws.AUNET3_LADDER + laws.BPE_LADDER
-AUNET = laws.AUNET2_LADDER + laws.AUNET3_LADDER
-EVERY = SCALING + laws.FIXED_BUDGET_RUNS
+SCALING = (
+  published_runs.AUNET2_LADDER
+  + published_runs.AUNET3_LADDER
+  + published_runs.BPE_LADDER
+)
+AUNET = published_runs.AUNET2_LADDER + published_runs.AUNET3_LADDER
+EVERY = SCALING + FIXED_BUDGET_RUNS
 
 
 def name(run):
@@ -21,8 +27,10 @@ def as_printed(value):
 
 
 def test_every_row_is_there():
-  assert [len(t) for t in (laws.AUNET2_LADDER, laws.AUNET3_LADDER)] == [12, 12]
-  assert len(laws.BPE_LADDER) == 12 and len(laws.FIXED_BUDGET_RUNS) == 10
+  assert [
+    len(t) for t in (published_runs.AUNET2_LADDER, published_runs.AUNET3_LADDER)
+  ] == [12, 12]
+  assert len(published_runs.BPE_LADDER) == 12 and len(FIXED_BUDGET_RUNS) == 10
 
 
 @pytest.mark.parametrize("run", AUNET, ids=name)
@@ -30,7 +38,7 @@ def test_aunet_scaling_runs_have_ratio_10(run):
   assert run.ratio == pytest.approx(10, abs=0.05)
 
 
-@pytest.mark.parametrize("run", laws.BPE_LADDER, ids=name)
+@pytest.mark.parametrize("run", published_runs.BPE_LADDER, ids=name)
 def test_bpe_scaling_runs_have_ratio_10(run):
   assert run.ratio == pytest.approx(10, abs=0.05)
 
@@ -40,15 +48,18 @@ def test_the_ratio_counts_the_output_head_out():
     flops = counts.paper_flops_per_byte(run.model, head=head)
     return laws.data_to_model_ratio(run.units, flops, 1.0)
 
-  smallest = laws.AUNET2_LADDER[0]
+  smallest = published_runs.AUNET2_LADDER[0]
   assert abs(ratio(smallest, False) - 10) < 0.002 < 0.01
   assert abs(ratio(smallest, True) - 10) > 0.01
 
 
 @pytest.mark.parametrize("run", SCALING, ids=name)
 def test_learning_rate_and_batch_follow_the_laws(run):
-  assert run.law_learning_rate == pytest.approx(run.learning_rate, rel=0.01)
-  assert run.law_units_per_step == pytest.approx(run.units_per_step, rel=0.07)
+  rate, batch = laws.aunet_learning_rate, laws.aunet_batch_bytes
+  if run.is_bpe:
+    rate, batch = laws.bpe_learning_rate, laws.bpe_batch_tokens
+  assert rate(run.compute) == pytest.approx(run.learning_rate, rel=0.01)
+  assert batch(run.compute) == pytest.approx(run.units_per_step, rel=0.07)
 
 
 @pytest.mark.parametrize("run", EVERY, ids=name)
@@ -73,7 +84,7 @@ def test_printed_flops_and_batches(run):
   ],
 )
 def test_sizes_of_the_published_models(run_name, millions):
-  (run,) = [run for run in laws.FIXED_BUDGET_RUNS if run.name == run_name]
+  (run,) = [run for run in FIXED_BUDGET_RUNS if run.name == run_name]
   total = counts.num_parameters(run.model)
   assert total == pytest.approx(millions * 1e6, rel=1e-3)
 
@@ -81,7 +92,7 @@ def test_sizes_of_the_published_models(run_name, millions):
 @pytest.mark.parametrize("num_stages", [2, 3])
 @pytest.mark.parametrize("compute", [1e17, 1e18, 1e19, 1e20, 1e21, 1e22])
 def test_a_config_spends_its_budget_by_the_laws(compute, num_stages):
-  config = laws.config_for_budget(compute, num_stages)
+  config = config_for_budget(compute, num_stages)
   assert config.model.num_stages == num_stages
   flops = counts.paper_flops_per_byte(config.model, head=False)
   row = config.model.capacities[0]
@@ -96,8 +107,8 @@ def test_a_config_spends_its_budget_by_the_laws(compute, num_stages):
 
 
 def test_a_budget_of_the_ladder_gives_its_model():
-  run = laws.AUNET3_LADDER[7]
-  config = laws.config_for_budget(run.compute, 3)
+  run = published_runs.AUNET3_LADDER[7]
+  config = config_for_budget(run.compute, 3)
   assert config.model == run.model
   assert config.train.num_steps * config.train.batch_size == pytest.approx(
     run.units / run.length, rel=0.01
@@ -116,4 +127,4 @@ def test_a_budget_of_the_ladder_gives_its_model():
 )
 def test_what_no_law_covers_is_refused(arguments, match):
   with pytest.raises(ValueError, match=match):
-    laws.config_for_budget(*arguments)
+    config_for_budget(*arguments)

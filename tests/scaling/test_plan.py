@@ -8,8 +8,10 @@ import pytest
 from aunet_jax import config
 from aunet_jax.scaling import __main__ as scaling_main
 from aunet_jax.scaling import laws
-from aunet_jax.scaling.plan import Sample, make_cells, read_laws
-from aunet_jax.scaling.run import read_study
+from aunet_jax.scaling.plan import Grid, make_runs, read_laws
+from aunet_jax.scaling.sample import Sample
+from aunet_jax.scaling.study import read_study
+from tests.scaling.published_runs import LADDERS
 
 ROOT = Path(__file__).parents[2]
 MODEL = f"{Path(__file__).parents[1] / 'tiny.py'}:for_budget"
@@ -33,33 +35,28 @@ def plan(*args) -> int:
 
 @pytest.mark.parametrize("num_stages", [2, 3])
 def test_the_papers_budgets_give_the_papers_runs(num_stages):
-  runs = laws.LADDERS[num_stages]
-  cells = make_cells(
-    [f"aunet{num_stages}"],
-    [run.compute for run in runs],
-    sample=Sample(None, 8192),
+  published = LADDERS[num_stages]
+  grid = Grid(
+    models=[f"aunet{num_stages}"], budgets=[run.compute for run in published]
   )
-  assert len(cells) == 12
-  for run, cell in zip(runs, cells, strict=True):
-    planned = cell.to_json()
-    assert cell.config.model == run.model
-    rate = cell.config.optimizer.learning_rate
-    assert rate == pytest.approx(run.learning_rate, rel=0.01)
-    assert planned["batch_bytes"] == pytest.approx(
-      run.printed_units_per_step, rel=0.07
+  planned = make_runs(grid, Sample(None, 8192))
+  assert len(planned) == 12
+  for theirs, (run, planned_config) in zip(published, planned, strict=True):
+    assert planned_config.model == theirs.model
+    assert run.learning_rate == pytest.approx(theirs.learning_rate, rel=0.01)
+    assert run.batch_bytes == pytest.approx(
+      theirs.printed_units_per_step, rel=0.07
     )
-    assert planned["bytes"] == pytest.approx(run.units, rel=0.01)
+    assert run.bytes == pytest.approx(theirs.units, rel=0.01)
 
 
 def test_dear_budgets_may_have_one_seed():
-  cells = make_cells(
-    ["aunet2"],
-    [1e18, 1e19],
-    sample=Sample(None, 8192),
-    seeds=[3, 4],
+  grid = Grid(
+    models=["aunet2"], budgets=[1e18, 1e19], seeds=[3, 4],
     single_seed_above=1e18,
-  )
-  assert [(c.budget_flops, c.seed) for c in cells] == [
+  )  # fmt: skip
+  runs = [run for run, _ in make_runs(grid, Sample(None, 8192))]
+  assert [(run.budget_flops, run.seed) for run in runs] == [
     (1e18, 3),
     (1e18, 4),
     (1e19, 3),
@@ -67,32 +64,28 @@ def test_dear_budgets_may_have_one_seed():
 
 
 def test_isoflop_cells_spend_one_budget_on_several_sizes():
-  cells = make_cells(
-    ["aunet2", "byte", "stride@4"],
-    [1e18],
-    sizes=[0.5, 1, 2],
-    sample=Sample(None, 8192),
-  )
-  for model in ("aunet2", "byte", "stride@4"):
-    some = [c.to_json() for c in cells if c.model == model]
+  models = ["aunet2", "byte", "stride@4"]
+  grid = Grid(models=models, budgets=[1e18], sizes=[0.5, 1, 2])
+  runs = [run for run, _ in make_runs(grid, Sample(None, 8192))]
+  for model in models:
+    some = [run for run in runs if run.model == model]
     assert len(some) == 3
-    sizes = [c["flops_per_byte"] for c in some]
+    sizes = [run.flops_per_byte for run in some]
     assert 1.4 < sizes[1] / sizes[0] < 2.8 and 1.4 < sizes[2] / sizes[1] < 2.8
-    for c in some:
-      spent = c["flops_per_byte"] * c["bytes"]
+    for run in some:
+      spent = run.flops_per_byte * run.bytes
       assert spent == pytest.approx(1e18, rel=0.01)
 
 
 def test_rows_of_a_text_fill_and_bytes_are_those_that_are_read(text):
   text.write_text("Some words of a text that is long enough. " * 2000)
-  sample = Sample(str(text), 512)
-  (cell,) = make_cells(["aunet2"], [1e11], sample=sample, ratio=0.0005)
-  assert cell.config.model.capacities[0] == 512
-  assert 0.8 < cell.fill[0] < 1 and cell.fill[1] > 0.9
-  planned = cell.to_json()
-  assert planned["useful_flops"] < planned["padded_flops"]
-  rows = cell.config.train.num_steps * cell.config.train.batch_size
-  assert planned["bytes"] == pytest.approx(rows * 512 * cell.fill[0])
+  grid = Grid(models=["aunet2"], budgets=[1e11], ratio=0.0005)
+  ((run, planned),) = make_runs(grid, Sample(str(text), 512))
+  assert planned.model.capacities[0] == 512
+  assert 0.8 < run.fill[0] < 1 and run.fill[1] > 0.9
+  assert run.useful_flops < run.padded_flops
+  rows = planned.train.num_steps * planned.train.batch_size
+  assert run.bytes == pytest.approx(rows * 512 * run.fill[0])
 
 
 def test_a_sweep_has_a_cell_for_every_batch_and_rate(tmp_path, text, capsys):
@@ -104,9 +97,9 @@ def test_a_sweep_has_a_cell_for_every_batch_and_rate(tmp_path, text, capsys):
   capsys.readouterr()
   own = ("--models=aunet2", *flags[1:], "--row_bytes=64", "--ratio=1e-8")
   assert scaling_main.main(["hp", str(study), *own, *sweep]) == 0
-  _, cells = read_study(study)
-  pairs = {(c.values["batch_bytes"], c.values["learning_rate"]) for c in cells}
-  assert len(pairs) == len(cells) == 4
+  _, runs = read_study(study)
+  pairs = {(run.batch_bytes, run.learning_rate) for run in runs}
+  assert len(pairs) == len(runs) == 4
 
 
 def test_a_directory_holds_one_study(tmp_path, text, capsys):
@@ -181,13 +174,9 @@ def test_laws_of_ones_own_are_followed(tmp_path, capsys):
   path = tmp_path / "laws.json"
   laws_of = {"learning_rate": [2.0, -0.1], "batch_bytes": [16384, 0]}
   path.write_text(json.dumps({"byte": laws_of | {"budgets": [1e18, 1e19]}}))
-  own_laws = read_laws(str(path))
-  byte, aunet = make_cells(
-    ["byte", "aunet2"],
-    [1e19],
-    sample=Sample(None, 8192),
-    own_laws=own_laws,
-  )
+  models = ["byte", "aunet2"]
+  grid = Grid(models=models, budgets=[1e19], own_laws=read_laws(str(path)))
+  byte, aunet = make_runs(grid, Sample(None, 8192))
   assert byte.config.optimizer.learning_rate == pytest.approx(2.0 * 1e19**-0.1)
   assert byte.config.train.batch_size == 2
   rate = laws.aunet_learning_rate(1e19)
@@ -205,11 +194,11 @@ def test_laws_of_ones_own_are_followed(tmp_path, capsys):
 @pytest.mark.parametrize(
   "content, message",
   [
-    ("{", "cannot be read"),
+    ("{", "laws.json is damaged"),
     ("[]", "object of models"),
     ('{"byte": {"rate": [1, 2]}}', "must be an object of batch_bytes"),
-    ('{"byte": {"learning_rate": [-1, 2]}}', "byte.learning_rate=[-1, 2]"),
-    ('{"byte": {"learning_rate": 3}}', "byte.learning_rate=3"),
+    ('{"byte": {"learning_rate": [-1, 2]}}', "byte: learning_rate=[-1, 2]"),
+    ('{"byte": {"learning_rate": 3}}', "byte: learning_rate=3 must be a list"),
     ('{"bpe": {"learning_rate": [1, 0]}}', "laws are of bpe"),
   ],
 )

@@ -1,5 +1,6 @@
 """The report of a study: the same bytes every time, whole, and traceable."""
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from aunet_jax.scaling import __main__ as scaling_main
-from aunet_jax.scaling import collect, draw
+from aunet_jax.scaling import draw
+from aunet_jax.scaling.study import Description, Run, Table, write_table
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "docs" / "study"
@@ -30,30 +32,32 @@ def rows(models=("byte", "aunet<2>"), grid=False):
           loss += 0.05 * np.log(size) ** 2 + rng.normal(0, 0.004)
           name = f"{model}-{budget:g}-x{size:g}-s{seed}"
           found.append(
-            {
-              "id": name,
-              "model": model,
-              "seed": seed,
-              "budget_flops": budget,
-              "params": int(flops / 5),
-              "flops_per_byte": flops,
-              "loss": float(loss),
-              "heldout_bytes": 5000,
-              "bytes": budget / flops,
-              "useful_flops": 1.1 * budget,
-              "padded_flops": 1.2 * budget,
-              "fill": [0.93, 0.99][: m + 1],
-              "run": f"cells/{name}",
-              "excluded": None,
-            }
+            Run(
+              id=name,
+              model=model,
+              seed=seed,
+              budget_flops=budget,
+              params=int(flops / 5),
+              flops_per_byte=flops,
+              loss=float(loss),
+              heldout_bytes=5000,
+              bytes=budget / flops,
+              useful_flops=1.1 * budget,
+              padded_flops=1.2 * budget,
+              fill=(0.93, 0.99)[: m + 1],
+              run=f"cells/{name}",
+              excluded=None,
+            )
           )
-  found[-1] |= {"excluded": "diverged: it & that", "loss": None}
+  found[-1] = dataclasses.replace(
+    found[-1], excluded="diverged: it & that", loss=None
+  )
   return found
 
 
 def write_numbers(path: Path, found) -> Path:
-  about = {"loss_unit": "bits per byte", "data_unit": "bytes"}
-  collect.write(collect.Table(about, found), path)
+  about = Description(loss_unit="bits per byte", data_unit="bytes")
+  write_table(Table(about, found), path)
   return path
 
 
@@ -113,18 +117,18 @@ def test_the_page_stands_alone_and_every_number_leads_to_its_run(drawn):
   assert page.links and all(link[0] == "#" for link in page.links)
   assert {link[1:] for link in page.links} <= page.ids
   for row in some:
-    name = row["run"].replace("<", "&lt;").replace(">", "&gt;")
+    name = row.run.replace("<", "&lt;").replace(">", "&gt;")
     assert name in text
   assert "excluded: diverged: it &amp; that" in text
   fits = json.loads((out / "fits.json").read_text("utf-8"))
-  by_id = {row["id"]: row for row in some}
+  by_id = {row.id: row for row in some}
   used = set()
   for model in fits["models"].values():
     for cell in model["cells"]:
       used |= set(cell["ids"])
-      losses = [by_id[name]["loss"] for name in cell["ids"]]
+      losses = [by_id[name].loss for name in cell["ids"]]
       assert cell["losses"] == pytest.approx(losses, rel=1e-4)
-  assert used == {row["id"] for row in some if row["excluded"] is None}
+  assert used == {row.id for row in some if row.excluded is None}
 
 
 def test_the_charts_are_whole_pictures(drawn):

@@ -19,7 +19,8 @@ import pytest
 from aunet_jax.scaling import __main__ as scaling_main
 from aunet_jax.scaling import collect
 from aunet_jax.scaling import run as run_lib
-from aunet_jax.scaling.run import LOCK_FILE, read_state, read_study
+from aunet_jax.scaling.run import LOCK_FILE
+from aunet_jax.scaling.study import read_state, read_study
 
 ROOT = Path(__file__).parents[2]
 MODEL = f"{Path(__file__).parents[1] / 'tiny.py'}:for_budget"
@@ -45,12 +46,12 @@ def run(study, *flags) -> int:
   return scaling_main.main(["run", str(study), *flags])
 
 
-def cells_of(study):
-  return read_study(study)[1]
+def workdirs(study) -> list[Path]:
+  return [study / run.run for run in read_study(study)[1]]
 
 
 def states(study) -> list[str]:
-  return [read_state(cell)["state"] for cell in cells_of(study)]
+  return [read_state(workdir).state for workdir in workdirs(study)]
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def trainer(monkeypatch):
   """Puts a Python program in the trainer's place; argv[1] is the workdir."""
 
   def use(program):
-    def command(cell, study):
-      return [sys.executable, "-c", program, str(cell.workdir)]
+    def command(run, study):
+      return [sys.executable, "-c", program, str(study / run.run)]
 
     monkeypatch.setattr(run_lib, "command", command)
 
@@ -70,7 +71,7 @@ COUNT = "open(__import__('sys').argv[1] + '/starts', 'a').write('x');"
 
 
 def starts(study) -> list[int]:
-  files = [cell.workdir / "starts" for cell in cells_of(study)]
+  files = [cell / "starts" for cell in workdirs(study)]
   return [len(f.read_text()) if f.exists() else 0 for f in files]
 
 
@@ -138,8 +139,8 @@ def test_jobs_run_at_the_same_time(study, trainer):
 
 def test_a_cell_that_another_process_runs_is_left_to_it(study, trainer):
   trainer(COUNT)
-  first, second = cells_of(study)
-  with (first.workdir / LOCK_FILE).open("w") as lock:
+  first, second = workdirs(study)
+  with (first / LOCK_FILE).open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert run(study) == 75
   assert states(study) == ["waiting", "done"]
@@ -153,8 +154,8 @@ def test_a_killed_runner_leaves_its_cell_locked(study, trainer):
   sleeper = COUNT + "__import__('time').sleep(600)"
   code = (
     "import sys; from aunet_jax.scaling import __main__ as scaling, run;"
-    "run.command = lambda cell, study: [sys.executable, '-c',"
-    f" {sleeper!r}, str(cell.workdir)];"
+    "run.command = lambda one, study: [sys.executable, '-c',"
+    f" {sleeper!r}, str(study / one.run)];"
     f"scaling.main(['run', {str(study)!r}])"
   )
   runner = subprocess.Popen(
@@ -168,14 +169,14 @@ def test_a_killed_runner_leaves_its_cell_locked(study, trainer):
   trainer(COUNT)
   assert run(study) == 75
   assert starts(study) == [1, 1]
-  end_orphan(cells_of(study)[0])
+  end_orphan(workdirs(study)[0])
   assert run(study) == 0
   assert starts(study) == [2, 1]
 
 
 def end_orphan(cell) -> None:
   """Ends the process that holds a cell's lock."""
-  lock = (cell.workdir / LOCK_FILE).resolve()
+  lock = (cell / LOCK_FILE).resolve()
   for process in Path("/proc").glob("[0-9]*"):
     try:
       held = [os.readlink(link) for link in (process / "fd").iterdir()]
@@ -191,7 +192,7 @@ def test_print_gives_a_command_for_every_cell_that_is_not_done(
   study, trainer, capsys
 ):
   expected = [
-    shlex.join(run_lib.command(cell, study)) for cell in cells_of(study)
+    shlex.join(run_lib.command(one, study)) for one in read_study(study)[1]
   ]
   capsys.readouterr()
   assert run(study, "--print") == 0
@@ -226,7 +227,7 @@ def test_wrong_flags_stop_with_usage(study, flag):
 def test_a_torn_state_is_run_again(study, trainer):
   trainer(COUNT)
   assert run(study) == 0
-  (cells_of(study)[0].workdir / "state.json").write_text('{"state"')
+  (workdirs(study)[0] / "state.json").write_text('{"state"')
   assert run(study) == 0
   assert starts(study) == [2, 1]
 
@@ -235,30 +236,30 @@ def test_a_torn_state_is_run_again(study, trainer):
 
 
 def losses(cell) -> list[tuple]:
-  rows = (cell.workdir / "metrics.jsonl").read_text().splitlines()
+  rows = (cell / "metrics.jsonl").read_text().splitlines()
   keys = ("step", "loss_nats", "bytes_seen", "heldout_bits_per_byte")
   return [tuple(json.loads(row).get(key) for key in keys) for row in rows]
 
 
 def test_the_trainer_fills_a_cell_and_its_reason_is_shown(study, capsys):
-  first, second = cells_of(study)
-  plan = second.workdir / "plan.json"
+  first, second = workdirs(study)
+  plan = second / "plan.json"
   plan.write_text(plan.read_text().replace('"dim": 64', '"dim": 65'))
   assert run(study, "--jobs=2") == 1
   out = capsys.readouterr().out
   assert "1 done, 1 failed, 0 waiting" in out
   assert "must be a multiple of head_dim" in out
   assert losses(first)[-1][-1] > 0  # held-out bits per byte
-  log = (first.workdir / "log.txt").read_bytes()
+  log = (first / "log.txt").read_bytes()
   assert run(study, "--only=s0") == 0
-  assert (first.workdir / "log.txt").read_bytes() == log
+  assert (first / "log.txt").read_bytes() == log
   # What it left is what fits are made from.
   good, bad = collect.collect(study).rows
-  assert good["excluded"] is None and good["loss"] == losses(first)[-1][-1]
-  assert good["bytes"] == losses(first)[-1][2]
-  assert good["useful_flops"] < good["padded_flops"]
-  assert None not in (good["packed_data"], good["splitter"], good["fill"])
-  assert bad["excluded"].startswith("failed: ")
+  assert good.excluded is None and good.loss == losses(first)[-1][-1]
+  assert good.bytes == losses(first)[-1][2]
+  assert good.useful_flops < good.padded_flops
+  assert None not in (good.packed_data, good.splitter, good.fill)
+  assert bad.excluded.startswith("failed: ")
 
 
 def test_other_text_than_planned_is_refused(study, trainer, capsys):
@@ -284,8 +285,8 @@ def test_killed_runners_and_cells_change_no_number(tmp_path, monkeypatch):
   assert run(whole) == 0
   (tmp_path / "cut").mkdir()
   cut = make_study(tmp_path / "cut")
-  first = cells_of(cut)[0]
-  logged = first.workdir / "metrics.jsonl"
+  first = workdirs(cut)[0]
+  logged = first / "metrics.jsonl"
   for more in (1, 2):  # killed while it trains, and again further on
     runner = start(cut)
     while runner.poll() is None:
@@ -296,7 +297,7 @@ def test_killed_runners_and_cells_change_no_number(tmp_path, monkeypatch):
     runner.wait()
     end_orphan(first)
   assert run(cut) == 0
-  for one, other in zip(cells_of(whole), cells_of(cut), strict=True):
+  for one, other in zip(workdirs(whole), workdirs(cut), strict=True):
     assert losses(one) == losses(other)
 
 
@@ -308,8 +309,8 @@ def test_two_runners_share_a_study(tmp_path, monkeypatch):
   for runner in runners:
     assert runner.wait() in (0, 75)
   assert states(study) == ["done", "done"]
-  for cell in cells_of(study):
-    log = (cell.workdir / "log.txt").read_text()
+  for cell in workdirs(study):
+    log = (cell / "log.txt").read_text()
     assert log.count("compiled the step") == 1
 
 
@@ -323,7 +324,7 @@ def test_a_printed_command_makes_a_cell_that_is_done(
   assert run(study, "--print", "--only=s1") == 0
   command = capsys.readouterr().out
   subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL)
-  second = cells_of(study)[1]
+  second = workdirs(study)[1]
   before = losses(second)
   assert run(study) == 0
   assert losses(second) == before
