@@ -1,11 +1,12 @@
 """AU-Net, the autoregressive U-Net byte language model, in JAX and Flax."""
 
 
-def load(workdir, mesh=None):
+def load(workdir, mesh=None, trust_rules=False):
   """The model in a workdir: .model, .params, .splitter, .config, .step.
 
-  See `aunet_jax.workdir.load.load`.
+  A workdir whose splitting rules are code of somebody's own is refused unless
+  `trust_rules` is True. See `aunet_jax.workdir.load.load`.
   """
   from aunet_jax.workdir import load as loading  # importing us stays fast
 
-  return loading.load(workdir, mesh)
+  return loading.load(workdir, mesh, trust_rules)

@@ -18,6 +18,7 @@ import sys
 
 import numpy as np
 
+from aunet_jax import terminal
 from aunet_jax.data import sources
 from aunet_jax.evaluate.entropies import (
   __doc__,
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--bytes_per_segment", type=float, default=5.0)
   add("--mode", choices=MODES, default="threshold")
   add("--max_bytes", type=int, default=4_000_000, help="text to read")
+  terminal.add_trust_rules(parser)
   args = parser.parse_args(argv)
   try:
     if args.bytes_per_segment <= 1:
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(record, sources.Document) and total < args.max_bytes:
           documents.append(record.text[: args.max_bytes - total])
           total += len(documents[-1])
-    loaded = load.load(args.workdir)
+    loaded = load.load(args.workdir, trust_rules=args.trust_rules)
     if loaded.tokenizer is not None:
       raise ValueError(
         f"{args.workdir} holds a model of tokens; entropies need one of bytes."

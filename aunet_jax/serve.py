@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from aunet_jax import terminal
 from aunet_jax.generate.generator import Generator
 from aunet_jax.generate.server import make_server
 
@@ -18,9 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--workdir", required=True)
   parser.add_argument("--port", type=int, default=8000, help="0 = a free one")
   parser.add_argument("--int8", action="store_true")
+  terminal.add_trust_rules(parser)
   args = parser.parse_args(argv)
   try:
-    generator = Generator.from_workdir(args.workdir, int8=args.int8)
+    generator = Generator.from_workdir(
+      args.workdir, int8=args.int8, trust_rules=args.trust_rules
+    )
     server = make_server(generator, args.port)
   except (ValueError, CheckpointError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """What commands share: exit statuses, the error line, numbers for people."""
 
+import argparse
 import functools
 import io
 import os
@@ -66,6 +67,16 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
       return EXIT_INTERRUPTED
 
   return run
+
+
+def add_trust_rules(parser: argparse.ArgumentParser) -> None:
+  """The flag of every command that reads a model out of a workdir."""
+  parser.add_argument(
+    "--trust_rules",
+    action="store_true",
+    help="let the workdir name code to run as a splitting rule (MODULE:NAME), "
+    "or a table of one that lies outside it",
+  )
 
 
 def si(value: float) -> str:

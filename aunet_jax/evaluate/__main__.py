@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 
+from aunet_jax import terminal
 from aunet_jax.evaluate.bits_per_byte import __doc__, evaluate_workdir
 from aunet_jax.workdir import layout
 
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     action="store_true",
     help="with matrices rounded to int8, as generation with --int8",
   )
+  terminal.add_trust_rules(parser)
   args = parser.parse_args(argv)
   if args.batch_size < 1:
     parser.error(f"--batch_size={args.batch_size} must be positive")
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
       args.text_field,
       args.official_scoring,
       args.int8,
+      trust_rules=args.trust_rules,
     )
   except (ValueError, OSError, layout.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)

@@ -84,6 +84,7 @@ def evaluate_workdir(
   official_scoring: bool = False,
   int8: bool = False,
   log: Callable = print,
+  trust_rules: bool = False,
 ) -> dict:
   """Bits per byte of any text under the model of a workdir.
 
@@ -91,12 +92,13 @@ def evaluate_workdir(
     official_scoring: leave out the norm before the output layer, as the
       official code's evaluation does (a defect; see docs/fidelity.md).
     int8: round matrices as generation with int8 does.
+    trust_rules: see `aunet_jax.load`.
   Raises: ValueError, CheckpointError.
   """
   mesh = sharding.make_mesh(MeshConfig())
   shards = mesh.shape["data"]
   batch_size = -(-batch_size // shards) * shards
-  loaded = load.load(workdir, mesh)
+  loaded = load.load(workdir, mesh, trust_rules)
   model = loaded.model
   if official_scoring:
     model = AUNet(dataclasses.replace(model.config, final_norm=False))

@@ -102,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     help="only bytes that keep the text valid UTF-8",
   )
   add("--int8", action="store_true", help="keep matrices as 8-bit integers")
+  terminal.add_trust_rules(parser)
   add("--json", action="store_true", help="one JSON object per sample instead")
   add("--interactive", action="store_true", help="prompt again and again")
   return parser
@@ -225,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
   prompt = _as_bytes(args.prompt or "")
   settings = _settings(args)
-  generator = Generator.from_workdir(args.workdir, int8=args.int8)
+  generator = Generator.from_workdir(
+    args.workdir, int8=args.int8, trust_rules=args.trust_rules
+  )
   if args.interactive:
     _interact(generator, prompt, settings)
     return 0

@@ -182,12 +182,18 @@ class Generator:
         self.params = quantize.round_params(params, config.upsampling)
 
   @classmethod
-  def from_workdir(cls, workdir, *, mesh=None, int8=False) -> "Generator":
-    """Raises: CheckpointError where the workdir holds no model, ValueError
-    where that model reads tokens."""
+  def from_workdir(
+    cls, workdir, *, mesh=None, int8=False, trust_rules=False
+  ) -> "Generator":
+    """The model of a workdir.
+
+    Args: trust_rules: see `aunet_jax.load`.
+    Raises: CheckpointError where the workdir holds no model, ValueError where
+      that model reads tokens.
+    """
     from aunet_jax.workdir import load
 
-    loaded = load.load(workdir, mesh)
+    loaded = load.load(workdir, mesh, trust_rules)
     if loaded.tokenizer is not None:
       raise ValueError(
         f"{workdir} holds a model of tokens, a baseline for bits per byte; "

@@ -22,6 +22,7 @@ shows how.
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Hashable
 
@@ -234,21 +235,53 @@ RULES = {
 }
 
 
+def runs_code(name: str) -> bool:
+  """Whether a rule's name has Python import a module: "my_module:my_rule"."""
+  return ":" in name.partition("@")[0]
+
+
+def source_of(name: str) -> str:
+  """The file that "my_module:my_rule" would run. Nothing is run to find it."""
+  package = name.partition(":")[0].split(".")[0]  # parents would be imported
+  try:
+    spec = importlib.util.find_spec(package)
+  except (ImportError, ValueError):
+    spec = None
+  if spec is None:
+    return f"a module {package!r} that is not found here"
+  return spec.origin or ", ".join(spec.submodule_search_locations or ())
+
+
+def _imported(name: str, module: str, attribute: str) -> Callable:
+  """The user's function. Raises: ValueError where there is none."""
+  try:
+    function = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"splitting rule {name!r}: {error}. It names a function in a module "
+      "that Python can import from here."
+    ) from None
+  except SyntaxError as error:
+    raise ValueError(
+      f"splitting rule {name!r}: {error.filename} does not parse: {error}"
+    ) from None
+  if not callable(function):
+    raise ValueError(f"splitting rule {name!r} names no function.")
+  return function
+
+
 def make_rule(name: str) -> Rule:
   """The rule a config calls `name`: "word@2", or "my_module:my_rule@2".
+
+  A module is imported and its function runs: who takes a name from a file of
+  somebody else asks `runs_code` first.
 
   Raises: ValueError if there is no such rule or its number is not one.
   """
   base, at, argument = name.partition("@")
-  module, colon, attribute = base.partition(":")
-  if colon:
-    try:
-      factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-      raise ValueError(
-        f"splitting rule {name!r}: {error}. It names a function in a module "
-        "that Python can import from here."
-      ) from None
+  if runs_code(name):
+    module, _, attribute = base.partition(":")
+    factory = _imported(name, module, attribute)
   elif base in RULES:
     factory = RULES[base]
   else:
@@ -265,8 +298,8 @@ def make_rule(name: str) -> Rule:
     )
   if at and not (argument.isascii() and argument.isdigit() and int(argument)):
     raise ValueError(
-      f"splitting rule {name!r}: after the @ stands a whole number from 1, "
-      f"such as {base}@2."
+      f"splitting rule {name!r}: what follows the @ must be a whole number "
+      f"from 1, such as {base}@2."
     )
   arguments = (int(argument),) if at else ()
   try:

@@ -15,7 +15,7 @@ from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import metrics, optimizer, state
 from aunet_jax.train.cluster import keep_compiled_programs
 from aunet_jax.train.state import TrainState
-from aunet_jax.workdir import checkpoints, layout, load
+from aunet_jax.workdir import checkpoints, layout, load, tables
 
 # Settings that do not change what is learned from which bytes. Everything
 # else must equal the workdir's own config when a run continues.
@@ -191,6 +191,7 @@ def prepare(config: Config, workdir: Path) -> Setup:
       say(f"continuing from checkpoint {int(train_state.step)}")
   if is_main:
     layout.write_config(workdir, config)
+    tables.keep(workdir, config.model.rules)
     if tokenizer is not None:
       content = Path(tokenizer.path).read_bytes()
       (workdir / layout.TOKENIZER_FILE).write_bytes(content)
@@ -237,10 +238,12 @@ def changed_fields(old: Config, new: Config) -> tuple[list[str], list[str]]:
     if a == b:
       continue
     line = f"{field}: {a!r} -> {b!r}"
+    # The content of a rule's table is compared, wherever the file is.
+    moved = field.endswith(".rule") and tables.same_kind(a, b)
     longer = field == "train.num_steps" and b > a
     free = field.startswith(FREE_FIELDS) or (
       field.startswith("model.stages[")
       and field.endswith(tuple(f".{name}" for name in FREE_STAGE_FIELDS))
     )
-    (allowed if free or longer else forbidden).append(line)
+    (allowed if free or longer or moved else forbidden).append(line)
   return forbidden, allowed

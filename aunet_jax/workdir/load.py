@@ -14,7 +14,7 @@ from aunet_jax.aunet.network import AUNet, init_params
 from aunet_jax.config import Config
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
-from aunet_jax.workdir import manifest
+from aunet_jax.workdir import manifest, tables
 from aunet_jax.workdir.checkpoints import _newest_whole
 from aunet_jax.workdir.layout import (
   CHECKPOINTS,
@@ -31,16 +31,16 @@ def save_params(workdir: str | Path, config: Config, params: dict) -> None:
 
   `generate`, `evaluate` and `train` accept it; training starts at step 0.
   """
+  splitter = Splitter(config.model.rules)
   write_config(workdir, config)
+  tables.keep(workdir, config.model.rules)
   directory = Path(workdir).absolute() / CHECKPOINTS
   with ocp.CheckpointManager(directory) as manager:
     manager.save(
       0,
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(params),
-        host=ocp.args.JsonSave(
-          {"splitter_hash": Splitter(config.model.rules).hash}
-        ),
+        host=ocp.args.JsonSave({"splitter_hash": splitter.hash}),
       ),
     )
     manager.wait_until_finished()
@@ -61,17 +61,26 @@ class Loaded(NamedTuple):
   tokenizer: Tokenizer | None = None  # None: the model reads bytes
 
 
-def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+def load(
+  workdir: str | Path,
+  mesh: jax.sharding.Mesh | None = None,
+  trust_rules: bool = False,
+) -> Loaded:
   """Reads the model of the newest whole checkpoint.
 
   A newer one whose model is damaged is named on stderr, and left as it is.
 
-  Args: mesh: where to put the parameters; None = the first device.
+  Args:
+    mesh: where to put the parameters; None = the first device.
+    trust_rules: whether the workdir may name code to run as a splitting rule,
+      and files outside it as tables of one (see `tables`).
   Raises: CheckpointError where there is no whole checkpoint, or the splitting
     rule of this version of the package, or the workdir's tokenizer.json, is
     not the one the model was trained with.
   """
   config = read_config(workdir)
+  model = tables.with_trusted_rules(workdir, config.model, trust_rules)
+  splitter = Splitter(model.rules)
   directory = Path(workdir).absolute() / CHECKPOINTS
   step, damaged = _newest_whole(Path(workdir), None, ("params", "host"))
   for number, reason in damaged.items():
@@ -101,12 +110,9 @@ def load(workdir: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
       )
     except Exception as error:
       raise unreadable(directory / str(step), error) from error
-  splitter = Splitter(config.model.rules)
   check_splitter(restored["host"], splitter)
   # The kernels it was trained with may not run on the devices here.
-  config = dataclasses.replace(
-    config, model=config.model.with_attention("auto")
-  )
+  config = dataclasses.replace(config, model=model.with_attention("auto"))
   tokenizer = None
   if config.data.tokenizer is not None:
     try:
