@@ -18,7 +18,7 @@ MAY_IMPORT = {
   "splitting": set(),
   "aunet": set(),
   "data": {"splitting"},
-  "workdir": {"aunet", "splitting", "data", "train"},
+  "workdir": {"aunet", "splitting", "data"},
   "evaluate": {"aunet", "splitting", "data", "workdir"},
   "generate": {"aunet", "data", "workdir"},
   "convert": {"workdir"},

@@ -178,6 +178,15 @@ def tree_shardings(boxed, mesh: Mesh):
   return nn.logical_to_mesh_sharding(specs, mesh, RULES)
 
 
+def placed(shapes, shardings):
+  """Shapes with the shardings their arrays will have; nothing is allocated."""
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    shapes,
+    shardings,
+  )
+
+
 def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows of a global batch, placed on its devices."""
   where = batch_sharding(mesh)

@@ -118,14 +118,6 @@ def _h100s(name: str, size: str, num_hosts: int) -> list:
 # ----- programs -------------------------------------------------------------
 
 
-def _placed(shapes, shardings):
-  return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-    shapes,
-    shardings,
-  )
-
-
 def _compile(lowered):
   """Raises: DoesNotFit."""
   try:
@@ -152,7 +144,7 @@ def compile_train(config: Config, mesh):
   batch = dict.fromkeys(_ROW_ARRAYS, row)
   return _compile(
     lambda: step.compile_step(
-      config, tx, mesh, shardings, _placed(abstract, shardings), batch
+      config, tx, mesh, shardings, sharding.placed(abstract, shardings), batch
     )
   )
 
@@ -163,7 +155,9 @@ def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
   splitter = Splitter(model.rules)
   key = jax.random.key(0)
   boxed = jax.eval_shape(lambda: network.init_params(model, key))
-  params = _placed(sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh))
+  params = sharding.placed(
+    sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh)
+  )
   rows = make_rows([b""] * num_rows, splitter, model.num_stages)
   rings = prefill.ring_sizes(model, (0,) * model.num_stages, num_bytes)
   choice = sampling.make_choice(
@@ -187,12 +181,12 @@ def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
     generator.default_schedule(num_rows, mesh), num_rows, model
   )
   decode_state = jax.eval_shape(start, params)
-  decode_state = _placed(
+  decode_state = sharding.placed(
     decode_state, generator.state_shardings(decode_state, mesh)
   )
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
     made = jax.jit(make_weights).lower(params).compile()
-    weights = _placed(
+    weights = sharding.placed(
       jax.eval_shape(make_weights, params), made.output_shardings
     )
     turns = jax.ShapeDtypeStruct(

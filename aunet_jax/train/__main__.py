@@ -8,10 +8,12 @@ checkpoint, on the same bytes in the same order.
 
 import argparse
 import contextlib
+import logging
 import statistics
 import sys
 from pathlib import Path
 
+import absl.logging
 import jax
 
 from aunet_jax import config as config_lib
@@ -19,11 +21,12 @@ from aunet_jax import terminal
 from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.generate.generator import Generator
 from aunet_jax.generate.sampling import Sampling
-from aunet_jax.terminal import EXIT_FAILED, EXIT_STOPPED
+from aunet_jax.terminal import EXIT_INTERRUPTED, EXIT_STOPPED
 from aunet_jax.train import metrics
 from aunet_jax.train.cluster import join_cluster
-from aunet_jax.train.loop import TrainingError, parse_steps, run
-from aunet_jax.train.setup import Setup, prepare
+from aunet_jax.train.loop import TrainingError, run
+from aunet_jax.train.profile import parse_steps
+from aunet_jax.train.setup import Setup, set_up
 from aunet_jax.workdir import layout
 from aunet_jax.workdir.layout import lock_workdir
 
@@ -101,6 +104,7 @@ def print_sample(setup: Setup) -> None:
   )
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m aunet_jax.train",
@@ -149,50 +153,45 @@ def main(argv: list[str] | None = None) -> int:
   )
   args, overrides = parser.parse_known_args(argv)
   workdir = Path(args.workdir)
+  profile = parse_steps(args.profile)
+  join_cluster(
+    args.multihost,
+    args.coordinator,
+    args.num_processes,
+    args.process_id,
+    args.start_timeout,
+    args.heartbeat_timeout,
+  )
+  config = config_lib.parse_flags([f"--config={args.config}", *overrides])
   with contextlib.ExitStack() as open_things:
-    try:
-      profile = parse_steps(args.profile)
-      join_cluster(
-        args.multihost,
-        args.coordinator,
-        args.num_processes,
-        args.process_id,
-        args.start_timeout,
-        args.heartbeat_timeout,
-      )
-      config = config_lib.parse_flags([f"--config={args.config}", *overrides])
-      open_things.enter_context(lock_workdir(workdir))
-      setup = prepare(config, workdir)
-    except (ValueError, layout.CheckpointError) as error:
-      print(f"error: {error}", file=sys.stderr)
-      return 2
-    except OSError as error:  # a missing process, a full disk: may pass
-      print(f"error: {error}", file=sys.stderr)
-      return EXIT_FAILED
+    open_things.enter_context(lock_workdir(workdir))
+    setup = set_up(config, workdir)
     open_things.callback(setup.log.close)
     open_things.callback(setup.loader.close)
     return train(setup, profile)
 
 
 def train(setup: Setup, profile: tuple[int, int] | None = None) -> int:
-  """Runs, and says how it ended; returns the exit status."""
+  """Runs, and says how it ended; returns the exit status.
+
+  Raises: what `run` does.
+  """
   try:
     stopped_by = run(setup, profile)
   except (TrainingError, OSError, layout.CheckpointError) as error:
-    print(f"\nerror: {error}", file=sys.stderr)
-    if isinstance(error, OSError):
-      print(
-        "When that is mended, run the same command again to continue from "
-        f"checkpoint {setup.saver.latest_step()}.",
-        file=sys.stderr,
-      )
     with contextlib.suppress(layout.CheckpointError):
-      setup.saver.wait()  # a save that began before may still be whole
-    return EXIT_FAILED
+      setup.saver.wait()  # a save that began before may still succeed
+    if isinstance(error, OSError):
+      newest = setup.saver.latest_step()
+      raise TrainingError(
+        f"{error}. When that is repaired, run the same command again to "
+        f"continue from checkpoint {newest}."
+      ) from error
+    raise
   except KeyboardInterrupt:  # a second signal: leave at once
     newest = setup.saver.latest_step()
     print(f"\nstopped; the newest checkpoint is {newest}.", file=sys.stderr)
-    return 130
+    return EXIT_INTERRUPTED
   if stopped_by:
     setup.log.say(
       f"stopped by {stopped_by}; everything is saved. Run the same command "
@@ -204,12 +203,15 @@ def train(setup: Setup, profile: tuple[int, int] | None = None) -> int:
   return 0
 
 
-def say_failed_saves_once() -> None:
-  """Keeps the writes that a failed save leaves under way from reporting it.
+def quieten_libraries() -> None:
+  """Keeps libraries from printing a failed save beside our error line.
 
-  Orbax closes its event loop at the first failure, which `save` and `wait`
-  raise; every other write then prints that the loop is closed.
+  Orbax logs a failed background save with tracebacks of its threads. It then
+  closes its event loop, and every other write that was under way prints that
+  the loop is closed. `save` and `wait` raise the failure itself.
   """
+  absl.logging.set_verbosity(absl.logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   others = sys.unraisablehook
 
   def hook(unraisable):
@@ -220,5 +222,5 @@ def say_failed_saves_once() -> None:
 
 
 if __name__ == "__main__":
-  say_failed_saves_once()
+  quieten_libraries()
   sys.exit(main())

@@ -1,64 +1,22 @@
-"""The training loop: from the first step to the last, or to a signal."""
+"""The training loop: from the first step to the last, or to a signal.
+
+`run` is the loop; the functions before it are what it does at some steps.
+"""
 
 import contextlib
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
 from aunet_jax.aunet import counts, devices, sharding
-from aunet_jax.aunet.network import AUNet
-from aunet_jax.data import loader
-from aunet_jax.evaluate import bits_per_byte
+from aunet_jax.terminal import Failure
+from aunet_jax.train.profile import Recorder
 from aunet_jax.train.setup import Setup
 from aunet_jax.train.state import TrainState
 from aunet_jax.train.step import compile_step
 from aunet_jax.workdir import layout
-
-
-class Recorder:
-  """Records steps first to last, and nothing without any."""
-
-  def __init__(self, steps: tuple[int, int] | None, workdir: Path):
-    self._steps, self._folder = steps, workdir / "profile"
-    self._running = False
-
-  def before(self, step: int) -> None:
-    if self._steps is not None and not self._running:
-      if self._steps[0] <= step <= self._steps[1]:
-        jax.profiler.start_trace(str(self._folder))
-        self._running = True
-
-  def after(self, step: int, device_metrics: dict, say: Callable) -> None:
-    if self._running and step >= self._steps[1]:
-      jax.block_until_ready(device_metrics)
-      self.close()
-      say(f"profile of steps up to {step}: {self._folder}")
-
-  def close(self) -> None:
-    if self._running:
-      jax.profiler.stop_trace()
-      self._running, self._steps = False, None
-
-
-def parse_steps(text: str | None) -> tuple[int, int] | None:
-  """ "20:25" as (20, 25).
-
-  Raises: ValueError where it is nothing like that.
-  """
-  if text is None:
-    return None
-  first, _, last = text.partition(":")
-  if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-    raise ValueError(
-      f"--profile={text} must be FIRST:LAST, two steps, for example 20:25."
-    )
-  return int(first), int(last)
-
-
-# ----- the loop -------------------------------------------------------------
 
 
 class Stop:
@@ -83,7 +41,7 @@ class Stop:
       signal.signal(number, handler)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Failure):
   """The run cannot go on; the message says at which step and why."""
 
 
@@ -95,41 +53,135 @@ class NotFiniteError(TrainingError):
     self.first = first
 
 
-def evaluate_heldout(setup: Setup, eval_step: Callable, params) -> dict | None:
-  """Corpus totals of the held-out text, or None where there is none."""
-  if setup.heldout is None:
-    return None
-  batches = loader.evaluation_batches(
-    setup.heldout,
-    batch_size=setup.config.train.batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    max_bytes=setup.config.train.eval_bytes,
+class Arrivals:
+  """Metrics of the steps in their order, read one step late.
+
+  The metrics of a step are read from the devices while the next step runs,
+  so that the devices never wait for this process.
+  """
+
+  def __init__(self, read: Callable[[int, dict], dict]):
+    self._read, self._pending = read, None
+
+  def push(self, step: int, device_metrics: dict) -> None:
+    """Takes those of a step that has just begun; reads those before."""
+    before, self._pending = self._pending, (step, device_metrics)
+    if before is not None:
+      self._read(*before)
+
+  def settle(self) -> dict:
+    """Waits for the newest step; returns its metrics."""
+    newest, self._pending = self._pending, None
+    return self._read(*newest)
+
+  def forget(self) -> None:
+    self._pending = None
+
+
+# ----- what the loop does ---------------------------------------------------
+
+
+def absorb(setup: Setup, step: int, device_metrics: dict) -> dict:
+  """Reads the metrics of a step and adds them up.
+
+  Raises: NotFiniteError where too many steps in a row were skipped.
+  """
+  config = setup.config
+  step_metrics = jax.device_get(device_metrics)
+  setup.interval.add(step_metrics)
+  setup.watch.step(int(step_metrics["bytes"]))
+  spike = setup.interval.spike(step, step_metrics, config.train.spike_sigmas)
+  if spike is not None:
+    setup.log.say(
+      f"step {step}: {spike['spike_bits_per_byte']:.3f} bits/byte, usual is "
+      f"{spike['usual_bits_per_byte']:.3f}"
+    )
+    setup.log.row(spike)
+  in_row = int(step_metrics["nonfinite_in_row"])
+  if in_row >= config.train.max_nonfinite_steps:
+    raise NotFiniteError(
+      step - in_row + 1,
+      f"loss or gradient was not finite in the last {in_row} steps, up to "
+      f"step {step}; those steps changed nothing. Lower "
+      f"optimizer.learning_rate={config.optimizer.learning_rate:g}, look "
+      f"at the data, or let the run go back with train.max_roll_backs; the "
+      f"newest checkpoint is {setup.saver.latest_step()}.",
+    )
+  return step_metrics
+
+
+def log(setup: Setup, step: int, step_metrics: dict) -> None:
+  """Writes the row of the steps since the last one, and the progress line."""
+  config, interval = setup.config, setup.interval
+  lap = setup.watch.lap()
+  seconds = sum(lap.seconds.values())
+  row = interval.row(config, step, step_metrics)
+  useful = counts.useful_train_flops(config.model, interval.positions)
+  useful *= lap.steps / interval.steps
+  peak_flops = devices.peak_flops(jax.devices()[0])
+  row["bytes_per_second"] = lap.num_bytes / seconds
+  row["data_wait_share"] = lap.seconds.get("data", 0.0) / seconds
+  row["useful_mfu"] = (
+    useful / (seconds * peak_flops * jax.device_count()) if peak_flops else None
   )
-  return bits_per_byte.evaluate_batches(eval_step, params, batches, setup.mesh)
+  left = config.train.num_steps - step
+  setup.log.progress(row, left * seconds / lap.steps)
+  setup.log.row(row)
+  interval.reset()
+
+
+def evaluate(setup: Setup, step: int, params) -> None:
+  with setup.watch.within("evaluate"):
+    result = setup.evaluator.evaluate(params)
+  setup.log.say(
+    f"step {step}: held-out {result['bits_per_byte']:.4f} bits/byte over "
+    f"{result['bytes']:,} bytes"
+  )
+  setup.log.row(
+    {
+      "step": step,
+      "bytes_seen": setup.interval.bytes_seen,
+      "heldout_loss_nats": result["loss_nats"],
+      "heldout_bits_per_byte": result["bits_per_byte"],
+      "heldout_bytes": result["bytes"],
+    }
+  )
+
+
+def save(setup: Setup, step: int, train_state: TrainState, position) -> None:
+  """Args: position: of the data, after the batch of this step."""
+  host = {
+    **setup.identity, "loader": position, "interval": setup.interval.to_json()
+  }  # fmt: skip
+  with setup.watch.within("save"):
+    setup.saver.save(step, train_state.items(), host)
 
 
 def roll_back(setup: Setup, error: NotFiniteError, step: int) -> TrainState:
   """The newest state saved before the loss stopped being finite.
 
   The data go on from where they are, so that the run does not meet what broke
-  it again: the rows since that checkpoint are given up, and it is said.
+  it again: the rows since that checkpoint are given up, and that is logged.
 
   Args: step: the last one that ran.
   Raises: NotFiniteError where there is no such checkpoint.
   """
   target = setup.saver.newest_before(error.first)
-  if target is None or layout.is_converted(setup.workdir, target):
+  if target is None:
+    raise error
+  host = layout.read_host(setup.workdir, target)
+  if layout.is_converted(host):
     raise error
   setup.saver.drop_after(target)
   abstract = jax.eval_shape(lambda s: s, setup.train_state)
-  train_state, saved = setup.saver.restore(target, abstract, setup.shardings)
-  setup.interval.restore(saved["interval"])
+  targets = sharding.placed(abstract, setup.shardings).items()
+  train_state = TrainState.from_items(setup.saver.restore(target, targets))
+  setup.interval.restore(host["interval"])
   setup.log.rewind(target)
   given_up = step - target
   setup.log.say(
-    f"step {step}: not finite since step {error.first}; back to "
-    f"checkpoint {target}, past the data of {given_up} steps"
+    f"step {step}: not finite since step {error.first}; back to checkpoint "
+    f"{target}, past the data of the {given_up} steps since"
   )
   # Of the first step to come: a resume from `target` comes here by itself.
   setup.log.row(
@@ -142,6 +194,9 @@ def roll_back(setup: Setup, error: NotFiniteError, step: int) -> TrainState:
   return train_state
 
 
+# ----- the loop -------------------------------------------------------------
+
+
 def run(setup: Setup, profile: tuple[int, int] | None = None) -> str | None:
   """Trains to the last step, or until a signal.
 
@@ -149,141 +204,64 @@ def run(setup: Setup, profile: tuple[int, int] | None = None) -> str | None:
   Returns: the name of the signal that stopped it, or None at the end.
   Raises: TrainingError, CheckpointError.
   """
-  config, log, interval = setup.config, setup.log, setup.interval
-  train_state = setup.train_state
-  first, last = int(train_state.step) + 1, config.train.num_steps
-  if first > last:
+  config, watch, train_state = setup.config, setup.watch, setup.train_state
+  step, last = int(train_state.step), config.train.num_steps
+  if step >= last:
     return None
 
-  # ----- compile
-  batch = sharding.to_device(next(setup.loader), setup.mesh)
+  def fetch():
+    with watch.within("data"):
+      return sharding.to_device(next(setup.loader), setup.mesh)
+
+  batch = fetch()
   began = time.perf_counter()
-  step_fn = compile_step(
-    config, setup.tx, setup.mesh, setup.shardings, train_state, batch
-  )
-  log.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
-  eval_step = jax.jit(
-    bits_per_byte.make_eval_step(AUNet(config.model)),
-    out_shardings=sharding.replicated(setup.mesh),
-  )
-  peak_flops = devices.peak_flops(jax.devices()[0])
+  with watch.within("compile"):
+    step_fn = compile_step(
+      config, setup.tx, setup.mesh, setup.shardings, train_state, batch
+    )
+  setup.log.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
-  timed = {"bytes": 0, "steps": 0}  # since `since`, unlike the interval's
-
-  def absorb(step, device_metrics):
-    host_metrics = jax.device_get(device_metrics)
-    interval.add(host_metrics)
-    timed["bytes"] += int(host_metrics["bytes"])
-    timed["steps"] += 1
-    spike = interval.spike(step, host_metrics, config.train.spike_sigmas)
-    if spike is not None:
-      log.say(
-        f"step {step}: {spike['spike_bits_per_byte']:.3f} bits/byte, usual is "
-        f"{spike['usual_bits_per_byte']:.3f}"
-      )
-      log.row(spike)
-    in_row = int(host_metrics["nonfinite_in_row"])
-    if in_row >= config.train.max_nonfinite_steps:
-      raise NotFiniteError(
-        step - in_row + 1,
-        f"loss or gradient was not finite in the last {in_row} steps, up to "
-        f"step {step}; those steps changed nothing. Lower "
-        f"optimizer.learning_rate={config.optimizer.learning_rate:g}, look "
-        f"at the data, or let the run go back with train.max_roll_backs; the "
-        f"newest checkpoint is {setup.saver.latest_step()}.",
-      )
-    return host_metrics
-
-  # ----- steps
-  pending = None  # metrics of the step before: read while this one runs
-  since, fetching = time.perf_counter(), 0.0
-  step, roll_backs = first - 1, 0
+  arrivals = Arrivals(lambda *arrived: absorb(setup, *arrived))
   recorder = Recorder(profile, setup.workdir)
-  with Stop() as stop, contextlib.closing(recorder):
+  roll_backs = 0
+  with Stop() as stop, contextlib.closing(recorder), watch.within("step"):
+    watch.lap()
     while step < last:
       step += 1
       recorder.before(step)
       train_state, device_metrics = step_fn(train_state, batch)
-      loader_state = setup.loader.get_state()  # before the batch after this
-      if step < last:
-        fetch = time.perf_counter()
-        batch = sharding.to_device(next(setup.loader), setup.mesh)
-        fetching += time.perf_counter() - fetch
-      recorder.after(step, device_metrics, log.say)
-      previous, pending = pending, (step, device_metrics)
+      position = setup.loader.get_state()  # before the batch after this
+      batch = fetch() if step < last else None
+      recorder.after(step, device_metrics, setup.log.say)
 
       stopping = setup.saver.reached_preemption(step) or stop.requested
-      ends = step == last or stopping
       logs = step == last or step % config.train.log_every_steps == 0
-      saves = ends or step % config.checkpoint.every_steps == 0
-      every = config.train.eval_every_steps
-      evaluates = step == last or (every > 0 and step % every == 0)
+      saves = step == last or stopping or setup.saver.due(step)
+      evaluates = setup.evaluator.due(step)
       try:
-        if previous is not None:
-          absorb(*previous)
+        arrivals.push(step, device_metrics)
         if not (logs or saves or evaluates):
           continue
-        pending = None
-        host_metrics = absorb(step, device_metrics)
+        step_metrics = arrivals.settle()
       except NotFiniteError as error:
         if roll_backs == config.train.max_roll_backs:
           raise
         roll_backs += 1
         train_state = roll_back(setup, error, step)
-        if step == last:  # its successor's batch was not made yet
-          batch = sharding.to_device(next(setup.loader), setup.mesh)
-        step, pending = int(train_state.step), None
-        since, fetching = time.perf_counter(), 0.0
-        timed.update(bytes=0, steps=0)
+        batch = fetch() if batch is None else batch
+        step = int(train_state.step)
+        arrivals.forget()
+        watch.lap()
         continue
 
       if logs:
-        seconds = time.perf_counter() - since
-        row = interval.row(config, step, host_metrics)
-        useful = counts.useful_train_flops(config.model, interval.positions)
-        useful *= timed["steps"] / interval.steps
-        row["bytes_per_second"] = timed["bytes"] / seconds
-        row["data_wait_share"] = fetching / seconds
-        row["useful_mfu"] = (
-          useful / (seconds * peak_flops * jax.device_count())
-          if peak_flops
-          else None
-        )
-        log.progress(row, (last - step) * seconds / timed["steps"])
-        log.row(row)
-        interval.reset()
-
+        log(setup, step, step_metrics)
       # Evaluated before it is saved: a run killed between the two evaluates
       # again, one killed after both has the row.
       if evaluates:
-        result = evaluate_heldout(setup, eval_step, train_state.params)
-        if result is not None:
-          log.say(
-            f"step {step}: held-out {result['bits_per_byte']:.4f} bits/byte "
-            f"over {result['bytes']:,} bytes"
-          )
-          log.row(
-            {
-              "step": step,
-              "bytes_seen": interval.bytes_seen,
-              "heldout_loss_nats": result["loss_nats"],
-              "heldout_bits_per_byte": result["bits_per_byte"],
-              "heldout_bytes": result["bytes"],
-            }
-          )
+        evaluate(setup, step, train_state.params)
       if saves:
-        setup.saver.save(
-          step,
-          train_state,
-          {
-            **setup.identity,
-            "loader": loader_state,
-            "interval": interval.to_json(),
-          },
-        )
-      if logs:
-        since, fetching = time.perf_counter(), 0.0
-        timed.update(bytes=0, steps=0)
+        save(setup, step, train_state, position)
       if stopping:
         break
   setup.saver.wait()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import optax
 
+from aunet_jax import files
 from aunet_jax.aunet import attention, sharding
 from aunet_jax.config import Config
 from aunet_jax.data.loader import Corpus, Loader, make_loader, open_corpora
@@ -14,7 +15,9 @@ from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import metrics, optimizer, state
 from aunet_jax.train.cluster import keep_compiled_programs
+from aunet_jax.train.evaluator import Evaluator
 from aunet_jax.train.state import TrainState
+from aunet_jax.train.stopwatch import Stopwatch
 from aunet_jax.workdir import checkpoints, layout, load, tables
 
 # Settings that do not change what is learned from which bytes. Everything
@@ -54,21 +57,23 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def check_workdir(workdir: Path, config: Config, step: int | None, say) -> None:
+def check_workdir(
+  workdir: Path, config: Config, host: dict | None, say
+) -> None:
   """Refuses a workdir that another config made, once it has a checkpoint.
 
   A converted model has no training to continue: there only `model` must agree.
 
-  Args: step: of the checkpoint to go on from; None where there is none.
+  Args: host: of the checkpoint to go on from; None where there is none.
   Raises: ValueError naming every field that differs.
   """
   if not (workdir / layout.CONFIG_FILE).exists():
     return
   old = layout.read_config(workdir)
   forbidden, allowed = changed_fields(old, config)
-  if step is None:
+  if host is None:
     allowed, forbidden = forbidden + allowed, []
-  elif layout.is_converted(workdir, step):
+  elif layout.is_converted(host):
     allowed += [line for line in forbidden if not line.startswith("model.")]
     forbidden = [line for line in forbidden if line.startswith("model.")]
   if forbidden:
@@ -108,23 +113,81 @@ class Setup(NamedTuple):
   shardings: TrainState
   loader: Loader
   heldout: Corpus | None
+  evaluator: Evaluator
   saver: checkpoints.Checkpointer
   log: metrics.Log
+  watch: Stopwatch
   interval: metrics.Interval
   identity: dict  # hashes stored in every checkpoint
 
 
-def prepare(config: Config, workdir: Path) -> Setup:
+class Restored(NamedTuple):
+  """Where a run begins."""
+
+  train_state: TrainState
+  loader: dict | None  # position in the data; None = at its beginning
+  interval: dict | None  # sums of the rows not yet logged; None = nothing
+
+
+def restore(
+  config: Config,
+  tx: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  saver: checkpoints.Checkpointer,
+  step: int | None,
+  host: dict,
+) -> Restored:
+  """The state of a checkpoint, or a new one.
+
+  Args: step, host: the checkpoint's; None and {} where there is none.
+  Raises: CheckpointError where it cannot be read.
+  """
+  if step is None:
+    fresh = state.create_state(config.model, tx, mesh, config.seed)
+    return Restored(fresh, None, None)
+  abstract, shardings = state.abstract_state(config.model, tx, mesh)
+  targets = sharding.placed(abstract, shardings).items()
+  if layout.is_converted(host):  # a model alone: its training is new
+    params = saver.restore(step, {"params": targets["params"]})["params"]
+    fresh = state.with_params(params, config.model, tx, mesh)
+    return Restored(fresh, None, None)
+  restored = TrainState.from_items(saver.restore(step, targets))
+  return Restored(restored, host["loader"], host.get("interval"))
+
+
+def check_identity(
+  host: dict, config: Config, workdir: Path, splitter, tokenizer, corpus
+) -> None:
+  """Compares a checkpoint with what would continue it.
+
+  Raises: CheckpointError where rules or tokenizer differ, ValueError where the
+    data do.
+  """
+  load.check_splitter(host, splitter)
+  if layout.is_converted(host):
+    return
+  load.check_tokenizer(host, tokenizer)
+  if host["data_fingerprint"] != corpus.fingerprint:
+    raise ValueError(
+      f"the data under data.train={config.data.train!r} is not what "
+      f"{workdir} was trained on (fingerprint {corpus.fingerprint}, the "
+      f"checkpoint has {host['data_fingerprint']}): files were added, "
+      f"removed or edited. Restore them or use another --workdir."
+    )
+
+
+def set_up(config: Config, workdir: Path) -> Setup:
   """Opens data and workdir, and restores what is there.
 
-  Order of a resume: 1. the newest whole checkpoint is chosen; 2. the config is
-  compared with the workdir's; 3. the data opens; 4. the checkpoint is restored;
-  5. its splitting tables, tokenizer and data are compared; 6. the data iterator
-  is set; 7. config.json is written; 8. the log loses its rows past the restored
-  step.
+  Order of a resume: 1. the newest undamaged checkpoint is chosen; 2. the config
+  is compared with the workdir's; 3. the data opens; 4. the checkpoint's
+  splitting tables, tokenizer and data are compared; 5. it is restored; 6. the
+  data iterator is set; 7. config.json is written; 8. the log loses its rows
+  past the restored step.
 
   Raises: ValueError, CheckpointError.
   """
+  watch = Stopwatch()
   is_main = jax.process_index() == 0
 
   def say(line):
@@ -139,7 +202,8 @@ def prepare(config: Config, workdir: Path) -> Setup:
   splitter = Splitter(config.model.rules)
   tokenizer = open_tokenizer(config)
   newest = checkpoints.choose(workdir, say)
-  check_workdir(workdir, config, newest, say)
+  host = {} if newest is None else layout.read_host(workdir, newest)
+  check_workdir(workdir, config, None if newest is None else host, say)
 
   cache = config.data.cache_dir
   corpus, heldout = open_corpora(
@@ -157,58 +221,40 @@ def prepare(config: Config, workdir: Path) -> Setup:
     process_count=jax.process_count(),
     num_workers=config.data.num_workers,
   )
+  if newest is not None:
+    check_identity(host, config, workdir, splitter, tokenizer, corpus)
 
-  saver = checkpoints.Checkpointer(workdir, config.checkpoint.keep)
-  abstract, shardings = state.abstract_state(config.model, tx, mesh)
-  identity = {
-    "splitter_hash": splitter.hash,
-    "data_fingerprint": corpus.fingerprint,
-    "tokenizer_hash": None if tokenizer is None else tokenizer.hash,
-  }
-  if newest is None:
-    train_state = state.create_state(config.model, tx, mesh, config.seed)
-    saved = {}
-  else:
-    train_state, host = saver.restore(newest, abstract, shardings)
-    load.check_splitter(host, splitter)
-    if train_state.opt_state is not None:
-      load.check_tokenizer(host, tokenizer)
-    if train_state.opt_state is None:  # a converted model: training is new
-      train_state = state.with_params(
-        train_state.params, config.model, tx, mesh
-      )
-      saved = {}
-    else:
-      saved = host
-      if saved["data_fingerprint"] != corpus.fingerprint:
-        raise ValueError(
-          f"the data under data.train={config.data.train!r} is not what "
-          f"{workdir} was trained on (fingerprint {corpus.fingerprint}, the "
-          f"checkpoint has {saved['data_fingerprint']}): files were added, "
-          f"removed or edited. Restore them or use another --workdir."
-        )
-      loader.set_state(saved["loader"])
-      say(f"continuing from checkpoint {int(train_state.step)}")
+  saver = checkpoints.Checkpointer(workdir, config.checkpoint)
+  restored = restore(config, tx, mesh, saver, newest, host)
+  step = int(restored.train_state.step)
+  if restored.loader is not None:
+    loader.set_state(restored.loader)
+    say(f"continuing from checkpoint {step}")
   if is_main:
     layout.write_config(workdir, config)
     tables.keep(workdir, config.model.rules)
     if tokenizer is not None:
       content = Path(tokenizer.path).read_bytes()
-      (workdir / layout.TOKENIZER_FILE).write_bytes(content)
-  log = metrics.Log(workdir, config, int(train_state.step), is_main)
+      files.write_whole(workdir / layout.TOKENIZER_FILE, content)
   return Setup(
     config=config,
     workdir=workdir,
     mesh=mesh,
     tx=tx,
-    train_state=train_state,
-    shardings=shardings,
+    train_state=restored.train_state,
+    shardings=state.abstract_state(config.model, tx, mesh)[1],
     loader=loader,
     heldout=heldout,
+    evaluator=Evaluator(config, heldout, mesh),
     saver=saver,
-    log=log,
-    interval=metrics.Interval(saved.get("interval")),
-    identity=identity,
+    log=metrics.Log(workdir, config, step, is_main),
+    watch=watch,
+    interval=metrics.Interval(restored.interval),
+    identity={
+      "splitter_hash": splitter.hash,
+      "data_fingerprint": corpus.fingerprint,
+      "tokenizer_hash": None if tokenizer is None else tokenizer.hash,
+    },
   )
 
 

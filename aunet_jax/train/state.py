@@ -1,5 +1,7 @@
 """Everything a training step reads and writes, and where it lives."""
 
+from dataclasses import fields
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,15 @@ class TrainState(struct.PyTreeNode):
   opt_state: optax.OptState
   nonfinite_in_row: jax.Array  # int32: skipped steps since the last good one
   nonfinite_total: jax.Array  # int32: skipped steps since the start
+
+  def items(self) -> dict[str, object]:
+    """As a checkpoint holds it: the model, and apart from it all the rest."""
+    counters = {field.name: getattr(self, field.name) for field in fields(self)}
+    return {"params": counters.pop("params"), "optimizer": counters}
+
+  @classmethod
+  def from_items(cls, items: dict[str, object]) -> "TrainState":
+    return cls(params=items["params"], **items["optimizer"])
 
 
 def _init(config, optimizer, seed):

@@ -7,36 +7,38 @@ checkpoint becomes visible only when Orbax has committed all of it, with the
 manifest that tells later whether its files are still as they were written.
 """
 
-import logging
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from aunet_jax.train.state import TrainState
+from aunet_jax.config import CheckpointConfig
 from aunet_jax.workdir import manifest
 from aunet_jax.workdir.layout import (
   CHECKPOINTS,
   CheckpointError,
-  is_converted,
+  SaveError,
   steps,
   unreadable,
 )
 
-# ----- which checkpoints are whole ------------------------------------------
+# ----- which checkpoints are undamaged --------------------------------------
 
 
-def _newest_whole(
-  workdir: Path, last: int | None, items: Collection[str] | None
+def newest_undamaged(
+  workdir: Path, last: int | None = None, items: Collection[str] | None = None
 ) -> tuple[int | None, dict[int, str]]:
-  """The newest whole checkpoint, and what is wrong with the newer ones.
+  """The newest undamaged checkpoint, and what is wrong with the newer ones.
 
-  Raises: CheckpointError where there are checkpoints but no whole one.
+  Args:
+    last: look at steps up to this one; None = all.
+    items: parts to look at; None = all.
+  Returns: (step, {newer step: damage}); the step is None without checkpoints.
+  Raises: CheckpointError where there are checkpoints, all of them damaged.
   """
   directory, damaged = workdir / CHECKPOINTS, {}
   for step in reversed(steps(workdir)):
@@ -49,8 +51,8 @@ def _newest_whole(
   if damaged:
     listed = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
     raise CheckpointError(
-      f"no checkpoint in {directory} is whole ({listed}). Put a copy of one "
-      f"there, or delete that folder to start anew from step 0."
+      f"no checkpoint in {directory} is undamaged ({listed}). Put a copy of "
+      f"one there, or delete that folder to start again from step 0."
     )
   return None, damaged
 
@@ -58,21 +60,21 @@ def _newest_whole(
 def choose(
   workdir: str | Path, say: Callable[[str], None], last: int | None = None
 ) -> int | None:
-  """The newest whole checkpoint, for a run that will go on from it.
+  """The newest undamaged checkpoint, for a run that will go on from it.
 
   Damaged ones that are newer are renamed to `checkpoints/damaged-STEP`, so
-  that their steps can be saved again, and said. With several processes the
+  that their steps can be saved again, and logged. With several processes the
   first one looks, and all get its answer: every process must call this.
 
   Args: last: look at steps up to this one; None = all.
   Returns: the step; None where there is no checkpoint.
-  Raises: CheckpointError where there are checkpoints but no whole one; then
-    none is renamed.
+  Raises: CheckpointError where there are checkpoints, all of them damaged;
+    then none is renamed.
   """
   workdir, step, failure = Path(workdir), None, None
   if jax.process_index() == 0:
     try:
-      step, damaged = _newest_whole(workdir, last, None)
+      step, damaged = newest_undamaged(workdir, last)
       _set_aside(workdir / CHECKPOINTS, damaged, say)
     except (CheckpointError, OSError) as error:
       failure = error
@@ -80,7 +82,7 @@ def choose(
     code = -2 if failure else -1 if step is None else step
     code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
     if code == -2 and failure is None:
-      failure = CheckpointError("process 0 found no whole checkpoint.")
+      failure = CheckpointError("process 0 found no undamaged checkpoint.")
     step = code if code >= 0 else None
   if failure is not None:
     raise failure
@@ -112,20 +114,38 @@ def _num_bytes(tree) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-class Checkpointer:
-  """Saves in the background and restores the newest whole checkpoint."""
+def read_items(
+  manager: ocp.CheckpointManager, step: int, targets: dict[str, object]
+) -> dict[str, object]:
+  """Arrays of a checkpoint.
 
-  def __init__(self, workdir: str | Path, keep: int = 1):
-    # Orbax logs a failed background save with tracebacks of its threads;
-    # `save` and `wait` raise the same failure.
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  Args: targets: name of an item -> tree of shapes with shardings.
+  Returns: the same names and trees, of arrays.
+  Raises: CheckpointError where it cannot be read.
+  """
+  folder = Path(manager.directory) / str(step)
+  for name in targets:
+    if not (folder / name).is_dir():
+      raise unreadable(folder, f"its {name} state is missing")
+  args = {k: ocp.args.StandardRestore(tree) for k, tree in targets.items()}
+  try:
+    restored = manager.restore(step, args=ocp.args.Composite(**args))
+  except Exception as error:
+    raise unreadable(folder, error) from error
+  return {name: restored[name] for name in targets}
+
+
+class Checkpointer:
+  """Says when to save, saves in the background, and restores."""
+
+  def __init__(self, workdir: str | Path, config: CheckpointConfig):
     self.directory = Path(workdir).absolute() / CHECKPOINTS
+    self._config = config
     self._saving = None  # the step being saved; one at a time
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
+        max_to_keep=config.keep,
         cleanup_tmp_directories=True,
         async_options=ocp.options.AsyncOptions(
           post_finalization_callback=self._write_manifest
@@ -138,6 +158,9 @@ class Checkpointer:
     if jax.process_index() == 0:
       name = f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
       manifest.write(self.directory / name)
+
+  def due(self, step: int) -> bool:
+    return step % self._config.every_steps == 0
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -157,41 +180,34 @@ class Checkpointer:
     """True on every process once any was told to stop (multi-host only)."""
     return self._manager.reached_preemption(step)
 
-  def save(self, step: int, state: TrainState, host: dict) -> None:
-    """Starts saving `state` as checkpoint `step`; `host` is JSON-able.
+  def save(self, step: int, items: dict[str, object], host: dict) -> None:
+    """Starts saving checkpoint `step`.
 
-    Raises: CheckpointError where this save, or the one before it that ran in
-      the background, could not be written. Older checkpoints stay whole.
+    Args:
+      items: name -> tree of arrays.
+      host: JSON values that `layout.read_host` returns.
+    Raises: SaveError where this save, or the one before it that ran in the
+      background, could not be written. Older checkpoints stay as they are.
     """
-    counters = dict(
-      opt_state=state.opt_state,
-      step=state.step,
-      nonfinite_in_row=state.nonfinite_in_row,
-      nonfinite_total=state.nonfinite_total,
-    )
     self.wait()  # errors of the save before this one are its own
-    needed = _num_bytes(state)
+    needed = _num_bytes(items)
     free = shutil.disk_usage(self.directory).free
     if free < needed:
-      raise CheckpointError(
+      raise SaveError(
         f"checkpoint {step} needs {needed / 1e6:.1f} MB but {self.directory} "
         f"has {free / 1e6:.1f} MB free; free some space and run the same "
         f"command again to continue from checkpoint {self.latest_step()}."
       )
     self._saving = step
+    args = {k: ocp.args.StandardSave(tree) for k, tree in items.items()}
     try:
       saved = self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardSave(state.params),
-          optimizer=ocp.args.StandardSave(counters),
-          host=ocp.args.JsonSave(host),
-        ),
+        step, args=ocp.args.Composite(**args, host=ocp.args.JsonSave(host))
       )
     except Exception as error:
       raise self._write_error(step, error) from error
     if not saved and step not in self._manager.all_steps():
-      raise CheckpointError(
+      raise SaveError(
         f"checkpoint {step} was not written: {self.directory} holds "
         f"{sorted(self._manager.all_steps())} already, and steps must grow. "
         f"Use another workdir."
@@ -200,7 +216,7 @@ class Checkpointer:
   def wait(self) -> None:
     """Returns when every started save is on disk.
 
-    Raises: CheckpointError as `save`.
+    Raises: SaveError as `save`.
     """
     try:
       self._manager.wait_until_finished()
@@ -208,57 +224,24 @@ class Checkpointer:
     except Exception as error:
       raise self._write_error(None, error) from error
 
-  def _write_error(self, step, error) -> CheckpointError:
+  def _write_error(self, step, error) -> SaveError:
     name = "a checkpoint" if step is None else f"checkpoint {step}"
     reason = str(error).strip().splitlines()
-    whole = sorted(self._manager.all_steps())
-    newest = f"Checkpoint {whole[-1]} is whole" if whole else "None is whole"
-    return CheckpointError(
+    saved = sorted(self._manager.all_steps())
+    newest = (
+      f"The newest checkpoint is {saved[-1]}"
+      if saved
+      else "There is no checkpoint yet"
+    )
+    return SaveError(
       f"{name} could not be written under {self.directory}: "
       f"{reason[0] if reason else type(error).__name__}. {newest}; when that "
-      f"is mended, run the same command again to continue."
+      f"is repaired, run the same command again to continue."
     )
 
-  def restore(
-    self, step: int, abstract: TrainState, shardings: TrainState
-  ) -> tuple[TrainState, dict]:
-    """Checkpoint `step` as (state, host).
-
-    A converted model gives its params and a None optimizer state.
-
-    Raises: CheckpointError where it cannot be read.
-    """
-
-    def target(shape, where):
-      return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shape,
-        where,
-      )
-
-    whole = target(abstract, shardings)
-    counters = dict(
-      opt_state=whole.opt_state,
-      step=whole.step,
-      nonfinite_in_row=whole.nonfinite_in_row,
-      nonfinite_total=whole.nonfinite_total,
-    )
-    items = dict(
-      params=ocp.args.StandardRestore(whole.params), host=ocp.args.JsonRestore()
-    )
-    converted = is_converted(self.directory.parent, step)
-    if not converted:
-      items["optimizer"] = ocp.args.StandardRestore(counters)
-    try:
-      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-    except Exception as error:
-      raise unreadable(self.directory / str(step), error) from error
-    if converted:
-      return abstract.replace(params=restored["params"], opt_state=None), (
-        restored["host"]
-      )
-    state = TrainState(params=restored["params"], **restored["optimizer"])
-    return state, restored["host"]
+  def restore(self, step: int, targets: dict[str, object]) -> dict[str, object]:
+    """Arrays of checkpoint `step`; arguments and errors as `read_items`."""
+    return read_items(self._manager, step, targets)
 
   def close(self) -> None:
     self._manager.close()

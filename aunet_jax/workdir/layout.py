@@ -1,15 +1,15 @@
 """Names of what a run leaves in its workdir, and reading the small files."""
 
 import contextlib
-import fcntl
 import json
 from pathlib import Path
 
 import jax
 
 from aunet_jax import config as config_lib
+from aunet_jax import files
 from aunet_jax.config import Config
-from aunet_jax.terminal import EXIT_BAD_INPUT, Failure
+from aunet_jax.terminal import EXIT_BAD_INPUT, EXIT_FAILED, Failure
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"  # a copy; only where the model reads tokens
@@ -18,9 +18,15 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class CheckpointError(Failure):
-  """A checkpoint cannot be written or read; the message says what to do."""
+  """A workdir or a checkpoint in it cannot be read as it is."""
 
   status = EXIT_BAD_INPUT
+
+
+class SaveError(CheckpointError):
+  """A checkpoint could not be written; the next try may succeed."""
+
+  status = EXIT_FAILED
 
 
 def steps(workdir: str | Path) -> list[int]:
@@ -29,21 +35,21 @@ def steps(workdir: str | Path) -> list[int]:
   return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
 
 
-def is_converted(workdir: str | Path, step: int) -> bool:
-  """True where that checkpoint is a model without training state.
+def read_host(workdir: str | Path, step: int) -> dict:
+  """The JSON values of a checkpoint; `is_converted` tells what they are of.
 
-  Raises: CheckpointError where a part of a run's checkpoint is missing.
+  Raises: CheckpointError where they cannot be read.
   """
   folder = Path(workdir) / CHECKPOINTS / str(step)
   try:
-    host = json.loads((folder / "host" / "metadata").read_text())
+    return json.loads((folder / "host" / "metadata").read_text())
   except (OSError, ValueError) as error:
     raise unreadable(folder, error) from error
-  if "loader" not in host:
-    return True
-  if not (folder / "optimizer").is_dir():
-    raise unreadable(folder, "its optimizer state is missing")
-  return False
+
+
+def is_converted(host: dict) -> bool:
+  """True for a model without training state."""
+  return "loader" not in host
 
 
 def unreadable(folder: Path, reason) -> CheckpointError:
@@ -60,9 +66,7 @@ def unreadable(folder: Path, reason) -> CheckpointError:
 def write_config(workdir: str | Path, config: Config) -> None:
   workdir = Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  partial = workdir / (CONFIG_FILE + ".partial")
-  partial.write_text(config.to_json() + "\n")
-  partial.rename(workdir / CONFIG_FILE)  # whole or not at all
+  files.write_whole(workdir / CONFIG_FILE, config.to_json() + "\n")
 
 
 def read_config(workdir: str | Path) -> Config:
@@ -85,9 +89,7 @@ def drop_rows_after(path: Path, step: int) -> None:
   if not path.exists():
     return
   kept = [row for row in read_rows(path) if row["step"] <= step]
-  partial = path.with_suffix(".partial")
-  partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-  partial.rename(path)
+  files.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -118,13 +120,13 @@ def lock_workdir(workdir: Path):
   if jax.process_index() != 0:
     yield
     return
+
+  def busy():
+    raise ValueError(
+      f"another process is training in {workdir}; wait for it, stop it, or "
+      f"use another --workdir."
+    )
+
   workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / ".lock").open("w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise ValueError(
-        f"another process is training in {workdir}; wait for it, stop it, or "
-        f"use another --workdir."
-      ) from None
+  with files.locked(workdir / ".lock", busy):
     yield

@@ -15,13 +15,13 @@ from aunet_jax.config import Config
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.workdir import manifest, tables
-from aunet_jax.workdir.checkpoints import _newest_whole
+from aunet_jax.workdir.checkpoints import newest_undamaged, read_items
 from aunet_jax.workdir.layout import (
   CHECKPOINTS,
   TOKENIZER_FILE,
   CheckpointError,
   read_config,
-  unreadable,
+  read_host,
   write_config,
 )
 
@@ -66,7 +66,7 @@ def load(
   mesh: jax.sharding.Mesh | None = None,
   trust_rules: bool = False,
 ) -> Loaded:
-  """Reads the model of the newest whole checkpoint.
+  """Reads the model of the newest undamaged checkpoint.
 
   A newer one whose model is damaged is named on stderr, and left as it is.
 
@@ -74,15 +74,15 @@ def load(
     mesh: where to put the parameters; None = the first device.
     trust_rules: whether the workdir may name code to run as a splitting rule,
       and files outside it as tables of one (see `tables`).
-  Raises: CheckpointError where there is no whole checkpoint, or the splitting
-    rule of this version of the package, or the workdir's tokenizer.json, is
-    not the one the model was trained with.
+  Raises: CheckpointError where there is no undamaged checkpoint, or the
+    splitting rule of this version of the package, or the workdir's
+    tokenizer.json, is not the one the model was trained with.
   """
   config = read_config(workdir)
   model = tables.with_trusted_rules(workdir, config.model, trust_rules)
   splitter = Splitter(model.rules)
   directory = Path(workdir).absolute() / CHECKPOINTS
-  step, damaged = _newest_whole(Path(workdir), None, ("params", "host"))
+  step, damaged = newest_undamaged(Path(workdir), items=("params", "host"))
   for number, reason in damaged.items():
     print(f"checkpoint {number} skipped: {reason}", file=sys.stderr)
   if step is None:
@@ -95,22 +95,13 @@ def load(
     mesh = jax.sharding.Mesh(
       np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES
     )
-  target = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    sharding.unbox(boxed),
-    sharding.tree_shardings(boxed, mesh),
+  target = sharding.placed(
+    sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh)
   )
+  host = read_host(workdir, step)
+  check_splitter(host, splitter)
   with ocp.CheckpointManager(directory) as manager:
-    try:
-      restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(target), host=ocp.args.JsonRestore()
-        ),
-      )
-    except Exception as error:
-      raise unreadable(directory / str(step), error) from error
-  check_splitter(restored["host"], splitter)
+    params = read_items(manager, step, {"params": target})["params"]
   # The kernels it was trained with may not run on the devices here.
   config = dataclasses.replace(config, model=model.with_attention("auto"))
   tokenizer = None
@@ -119,10 +110,8 @@ def load(
       tokenizer = Tokenizer(Path(workdir) / TOKENIZER_FILE)
     except ValueError as error:
       raise CheckpointError(f"the workdir's tokenizer: {error}") from None
-  check_tokenizer(restored["host"], tokenizer)
-  return Loaded(
-    AUNet(config.model), restored["params"], splitter, config, step, tokenizer
-  )
+  check_tokenizer(host, tokenizer)
+  return Loaded(AUNet(config.model), params, splitter, config, step, tokenizer)
 
 
 def check_tokenizer(host: dict, tokenizer: Tokenizer | None) -> None:

@@ -160,7 +160,7 @@ def test_no_whole_checkpoint_is_an_error_and_nothing_is_moved(copy, capsys):
     error = capsys.readouterr().err
     assert "no checkpoint in" in error and "3: params/" in error
   assert checkpoints(copy) == ["3", "6", "9"]
-  with pytest.raises(layout.CheckpointError, match="is whole"):
+  with pytest.raises(layout.CheckpointError, match="is undamaged"):
     load.load(copy / "run")
 
 

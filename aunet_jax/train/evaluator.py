@@ -1,0 +1,44 @@
+"""Held-out text, evaluated while a model trains."""
+
+import jax
+
+from aunet_jax.aunet import sharding
+from aunet_jax.aunet.network import AUNet
+from aunet_jax.config import Config
+from aunet_jax.data import loader
+from aunet_jax.evaluate import bits_per_byte
+
+
+class Evaluator:
+  """Says when to evaluate, and does."""
+
+  def __init__(
+    self,
+    config: Config,
+    heldout: loader.Corpus | None,
+    mesh: jax.sharding.Mesh,
+  ):
+    self._config, self._heldout, self._mesh = config.train, heldout, mesh
+    self._step = jax.jit(
+      bits_per_byte.make_eval_step(AUNet(config.model)),
+      out_shardings=sharding.replicated(mesh),
+    )
+
+  def due(self, step: int) -> bool:
+    if self._heldout is None:
+      return False
+    every = self._config.eval_every_steps
+    return step == self._config.num_steps or (every > 0 and step % every == 0)
+
+  def evaluate(self, params) -> dict[str, float]:
+    """Corpus totals, as `bits_per_byte.evaluate_batches`."""
+    batches = loader.evaluation_batches(
+      self._heldout,
+      batch_size=self._config.batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      max_bytes=self._config.eval_bytes,
+    )
+    return bits_per_byte.evaluate_batches(
+      self._step, params, batches, self._mesh
+    )
