@@ -17,7 +17,7 @@ feed-forward, V vocabulary, O offsets.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def _transition_weights(config: ModelConfig, i: int):
     yield Weight(key, shape, path, None, layout, layout)
 
 
-def weights(config: ModelConfig) -> list[Weight]:
+def weights(config: ModelConfig) -> Iterator[Weight]:
   """Every weight of the model, under its official and its own name."""
   V, D, P = config.vocab_size, config.stages[0].dim, config.num_stages
   single = [
@@ -152,50 +152,91 @@ def weights(config: ModelConfig) -> list[Weight]:
       ("level_mask_norm", (2 * D,), ("level_norm", "scale"), _same),
       ("level_mask", (P, 2 * D), ("level_head",), _swap),
     ]
-  table = [
-    Weight(f"{name}.weight", shape, path, None, layout, layout)
-    for name, shape, path, layout in single
-  ]
+  for name, shape, path, layout in single:
+    yield Weight(f"{name}.weight", shape, path, None, layout, layout)
   for i, stage in enumerate(config.stages[:-1]):
-    table += _stack_weights(f"encoders.{i}", f"contract_{i + 1}", stage)
-    table += _stack_weights(f"decoders.{i}", f"expand_{i + 1}", stage)
-    table += _transition_weights(config, i)
-  return table + list(_stack_weights("trunk", "deepest", config.stages[-1]))
+    yield from _stack_weights(f"encoders.{i}", f"contract_{i + 1}", stage)
+    yield from _stack_weights(f"decoders.{i}", f"expand_{i + 1}", stage)
+    yield from _transition_weights(config, i)
+  yield from _stack_weights("trunk", "deepest", config.stages[-1])
 
 
-def _buffers(config: ModelConfig) -> dict[str, np.ndarray]:
+def _buffer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Constants that the official code keeps among its weights."""
   if config.parametric:
     return {}
+  return {
+    f"transitions.{i}.{name}": (coarse.dim,)
+    for i, coarse in enumerate(config.stages[1:])
+    for name in ("features_weight", "expand_idx")
+  }
+
+
+def _buffers(config: ModelConfig) -> dict[str, np.ndarray]:
   buffers = {}
-  for i, (fine, coarse) in enumerate(
-    zip(config.stages, config.stages[1:], strict=False)
-  ):
-    ratio = coarse.dim // fine.dim
-    fraction = np.arange(1, ratio + 1, dtype=np.float32) / np.float32(ratio)
-    prefix = f"transitions.{i}"
-    buffers[f"{prefix}.features_weight"] = np.tile(fraction, fine.dim)
-    buffers[f"{prefix}.expand_idx"] = np.repeat(np.arange(fine.dim), ratio)
+  for key, (width,) in _buffer_shapes(config).items():
+    _, i, name = key.split(".")
+    dim = config.stages[int(i)].dim
+    ratio = width // dim
+    if name == "expand_idx":
+      buffers[key] = np.repeat(np.arange(dim), ratio)
+    else:
+      fraction = np.arange(1, ratio + 1, dtype=np.float32) / np.float32(ratio)
+      buffers[key] = np.tile(fraction, dim)
   return buffers
 
 
 # ----- weights --------------------------------------------------------------
 
 
-def _read(state_dict: Mapping, key: str, shape: tuple[int, ...] | None):
-  if key not in state_dict:
+def _check_shape(shapes: Mapping, key: str, expected: tuple[int, ...]) -> None:
+  if key not in shapes:
     raise ValueError(f"the checkpoint has no weight {key!r}.")
-  value = np.asarray(state_dict[key])
-  if shape is not None and value.shape != shape:
+  if tuple(shapes[key]) != expected:
     raise ValueError(
-      f"weight {key!r} has shape {value.shape}; its model arguments give "
-      f"{shape}."
+      f"weight {key!r} has shape {tuple(shapes[key])}; its model arguments "
+      f"give {expected}."
     )
-  return value
 
 
-def _read_weight(state_dict: Mapping, key: str, shape: tuple[int, ...]):
-  value = _read(state_dict, key, shape)
+def model_of(
+  shapes: Mapping[str, tuple[int, ...]], model_args: Mapping
+) -> ModelConfig:
+  """The model of a checkpoint, once its names and shapes are all there.
+
+  Looks at no more names than the checkpoint has, and makes no array: what
+  arguments claim may be anything.
+
+  Args and errors: as `from_lingua`, with shapes in place of arrays.
+  """
+  embedding = shapes.get("tok_embeddings.weight")
+  if embedding is None:
+    raise ValueError("the checkpoint has no weight 'tok_embeddings.weight'.")
+  if len(embedding) != 2:
+    raise ValueError(
+      f"weight 'tok_embeddings.weight' has shape {tuple(embedding)}; it must "
+      f"have two dims."
+    )
+  config = from_arguments(model_args, embedding[0])
+  known = set()
+  for weight in weights(config):  # as many as arguments say; the first that
+    _check_shape(shapes, weight.key, weight.shape)  # is not there ends it
+    known.add(weight.key)
+  for key, shape in _buffer_shapes(config).items():
+    _check_shape(shapes, key, shape)
+    known.add(key)
+  unknown = sorted(set(shapes) - known)
+  if unknown:
+    raise ValueError(
+      f"the checkpoint holds {unknown[0]!r}, which this model (pooling_type="
+      f"{model_args['pooling_type']!r}, {config.num_stages} stages) does not "
+      f"have; {len(unknown)} such keys in all."
+    )
+  return config
+
+
+def _read_weight(state_dict: Mapping, key: str) -> np.ndarray:
+  value = np.asarray(state_dict[key])
   if not jnp.issubdtype(value.dtype, jnp.floating):
     raise ValueError(
       f"weight {key!r} has dtype {value.dtype}; it must be a float."
@@ -222,33 +263,17 @@ def from_lingua(
     ValueError naming the key that is missing, unknown or misshapen, or the
     argument that has no counterpart here.
   """
-  embedding = _read(state_dict, "tok_embeddings.weight", None)
-  if embedding.ndim != 2:
-    raise ValueError(
-      f"weight 'tok_embeddings.weight' has shape {embedding.shape}; it must "
-      f"have two dims."
-    )
-  vocab_size = model_args.get("vocab_size")
-  if vocab_size is None or vocab_size <= 0:
-    vocab_size = embedding.shape[0]
-  config = from_arguments(model_args, vocab_size)
-  table, buffers = weights(config), _buffers(config)
-  known = {weight.key for weight in table} | buffers.keys()
-  unknown = sorted(set(state_dict) - known)
-  if unknown:
-    raise ValueError(
-      f"the checkpoint holds {unknown[0]!r}, which this model (pooling_type="
-      f"{model_args['pooling_type']!r}, {config.num_stages} stages) does not "
-      f"have; {len(unknown)} such keys in all."
-    )
-  for key, expected in buffers.items():
-    if not np.array_equal(_read(state_dict, key, expected.shape), expected):
+  shapes = {key: np.shape(value) for key, value in state_dict.items()}
+  config = model_of(shapes, model_args)
+  table = list(weights(config))
+  for key, expected in _buffers(config).items():
+    if not np.array_equal(np.asarray(state_dict[key]), expected):
       raise ValueError(
         f"buffer {key!r} is not the official constant for these dimensions."
       )
   layers = {}  # path -> our array per layer; one entry where there is no layer
   for weight in table:
-    value = weight.to_ours(_read_weight(state_dict, weight.key, weight.shape))
+    value = weight.to_ours(_read_weight(state_dict, weight.key))
     layers.setdefault(weight.path, []).append(value)
   params = {}
   stacked = {weight.path for weight in table if weight.layer is not None}

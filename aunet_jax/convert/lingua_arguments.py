@@ -13,6 +13,12 @@ from aunet_jax.config import ModelConfig, StageConfig
 NUM_OFFSETS = 16
 
 
+LARGEST = 10**9  # widths, layers, positions: no model has more of any
+
+
+_KINDS = {int: "a whole number", float: "a number"}
+
+
 # Tried in this order to say a feed-forward width in the official terms.
 _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
@@ -27,6 +33,32 @@ def _argument(arguments: Mapping, name: str, where: str = "model"):
       f"of the params.json that lies beside the checkpoint."
     )
   return arguments[name]
+
+
+def _number(value, name: str, kind: type = int):
+  """`value`, if it is a number as JSON has them.
+
+  Raises: ValueError for one that is none, negative, or beyond any model.
+  """
+  numeric = isinstance(value, int | kind) and not isinstance(value, bool)
+  if not (numeric and 0 <= value <= LARGEST):
+    raise ValueError(
+      f"{name}={str(value)[:40]} must be {_KINDS[kind]} from 0 to {LARGEST:,}."
+    )
+  return value
+
+
+def _numbers(arguments: Mapping, name: str, count: int, default=None) -> list:
+  """A list of whole numbers of stages; where there is none, `default` of each.
+
+  null and -1, "no limit" in the official code, become None.
+  """
+  if arguments.get(name) is None and default is not None:
+    return default
+  return [
+    None if value is None or value == -1 else _number(value, f"model.{name}")
+    for value in _per_stage(arguments, name, count)
+  ]
 
 
 def _per_stage(arguments: Mapping, name: str, count: int) -> list:
@@ -76,11 +108,11 @@ def _upsampling(pooling_type: str) -> tuple[str, bool]:
   return ("repeat" if "repeat" in text else "simple"), parametric
 
 
-def from_arguments(model_args: Mapping, vocab_size: int) -> ModelConfig:
+def from_arguments(model_args: Mapping, vocab_rows: int) -> ModelConfig:
   """The float32 ModelConfig of official arguments.
 
-  Args: model_args: the `model` part of the official params.json. vocab_size:
-    rows of the embedding (the official argument may be -1).
+  Args: model_args: the `model` part of the official params.json. vocab_rows:
+    of the embedding, where the official argument is -1.
   Raises: ValueError naming the argument.
   """
   dims = _argument(model_args, "dimensions")
@@ -88,18 +120,43 @@ def from_arguments(model_args: Mapping, vocab_size: int) -> ModelConfig:
     raise ValueError(f"model.dimensions={dims!r} must be a list of widths.")
   P = len(dims)
   block = _argument(model_args, "block")
-  head_dims = _per_stage(model_args, "head_dims", P)
-  layers = _per_stage(model_args, "layers", P)
-  windows, skips = [None] * P, [True] * (P - 1)
-  if model_args.get("sliding_windows") is not None:
-    windows = _per_stage(model_args, "sliding_windows", P)
+  if not isinstance(block, Mapping):
+    raise ValueError(f"model.block={block!r} must be an object of arguments.")
+
+  def of_block(name, kind=int, default=None):
+    value = block.get(name)
+    return (
+      default if value is None else _number(value, f"model.block.{name}", kind)
+    )
+
+  dims = [_number(dim, "model.dimensions") for dim in dims]
+  head_dims = [
+    _number(dim, "model.head_dims")
+    for dim in _per_stage(model_args, "head_dims", P)
+  ]
+  layers = [
+    _number(number, "model.layers")
+    for number in _per_stage(model_args, "layers", P)
+  ]
+  windows = _numbers(model_args, "sliding_windows", P, [None] * P)
+  skips = [True] * (P - 1)
   if model_args.get("residuals") is not None:
     skips = _per_stage(model_args, "residuals", P - 1)
   capacities = _capacities(
-    _per_stage(model_args, "max_seqlens", P), block.get("max_seqlen") or 1
+    _numbers(model_args, "max_seqlens", P), of_block("max_seqlen", default=1)
   )
-  norm_eps = float(_argument(block, "norm_eps", "model.block"))
-  head_norm_eps = float(model_args.get("norm_eps", norm_eps))
+  _argument(block, "norm_eps", "model.block")
+  _argument(block, "rope_theta", "model.block")
+  norm_eps = float(of_block("norm_eps", float, 0))
+  head_norm_eps = norm_eps
+  if model_args.get("norm_eps") is not None:
+    head_norm_eps = float(
+      _number(model_args["norm_eps"], "model.norm_eps", float)
+    )
+  vocab_size = model_args.get("vocab_size")
+  if vocab_size in (None, -1, 0):
+    vocab_size = vocab_rows
+  level_loss_weight = model_args.get("lambda_level") or 0.0
   upsampling, parametric = _upsampling(_argument(model_args, "pooling_type"))
   stages = tuple(
     StageConfig(
@@ -108,9 +165,11 @@ def from_arguments(model_args: Mapping, vocab_size: int) -> ModelConfig:
       head_dim=head_dims[i],
       window=windows[i] or None,
       capacity=capacities[i],
-      num_kv_heads=block.get("n_kv_heads"),
+      num_kv_heads=of_block("n_kv_heads"),
       ffn_dim=_official_ffn(
-        dims[i], block.get("ffn_dim_multiplier"), block.get("multiple_of", 256)
+        dims[i],
+        of_block("ffn_dim_multiplier", float),
+        of_block("multiple_of", default=256) or 256,
       ),
       skip=bool([*skips, True][i]),
     )
@@ -118,15 +177,17 @@ def from_arguments(model_args: Mapping, vocab_size: int) -> ModelConfig:
   )
   return ModelConfig(
     stages=stages,
-    vocab_size=vocab_size,
+    vocab_size=_number(vocab_size, "model.vocab_size"),
     upsampling=upsampling,
     num_offsets=NUM_OFFSETS,
     parametric=parametric,
-    rope_theta=float(_argument(block, "rope_theta", "model.block")),
+    rope_theta=float(of_block("rope_theta", float, 0)),
     norm_eps=norm_eps,
     head_norm_eps=None if head_norm_eps == norm_eps else head_norm_eps,
     document_mask=False,
-    level_loss_weight=float(model_args.get("lambda_level") or 0.0),
+    level_loss_weight=float(
+      _number(level_loss_weight, "model.lambda_level", float)
+    ),
     dtype="float32",
     param_dtype="float32",
   )
