@@ -5,7 +5,7 @@ character comes from `unicode_classes.npz` in this package and never from the
 interpreter's own Unicode data. Making that file again, which is due only when
 a newer Unicode version is wanted and changes the hash of every splitter:
 
-    pip install unicodedata2 && python -m aunet_jax.unicode_table
+    pip install unicodedata2 && python -m aunet_jax.splitting.unicode_table
 
 writes the version it used into the file and prints what changed.
 """
