@@ -1,4 +1,4 @@
-"""A web page that writes with a trained AU-Net."""
+"""A web page that writes with a trained AU-Net, and an API for programs."""
 
 import argparse
 import sys
@@ -9,27 +9,31 @@ from aunet_jax.generate.generator import Generator
 from aunet_jax.generate.server import make_server
 
 
+@terminal.command
 def main(argv: Sequence[str] | None = None) -> int:
-  from aunet_jax.workdir.layout import CheckpointError
-
   parser = argparse.ArgumentParser(
     prog="python -m aunet_jax.serve",
-    description="A web page that writes with a trained AU-Net.",
+    description="A web page that writes with a trained AU-Net, and an "
+    "OpenAI-compatible /v1/completions, for programs on this machine.",
+    allow_abbrev=False,
   )
   parser.add_argument("--workdir", required=True)
   parser.add_argument("--port", type=int, default=8000, help="0 = a free one")
   parser.add_argument("--int8", action="store_true")
+  parser.add_argument(
+    "--host",
+    action="append",
+    default=[],
+    metavar="NAME",
+    help="also answer to this host name, for a proxy on this machine that "
+    "hands requests on; may be given again",
+  )
   terminal.add_trust_rules(parser)
   args = parser.parse_args(argv)
-  try:
-    generator = Generator.from_workdir(
-      args.workdir, int8=args.int8, trust_rules=args.trust_rules
-    )
-    server = make_server(generator, args.port)
-  except (ValueError, CheckpointError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  with server:
+  generator = Generator.from_workdir(
+    args.workdir, int8=args.int8, trust_rules=args.trust_rules
+  )
+  with make_server(generator, args.port, args.host) as server:
     print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends)", flush=True)
     try:
       server.serve_forever()

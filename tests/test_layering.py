@@ -5,6 +5,7 @@ or a small command over a room.
 """
 
 import ast
+import configparser
 import functools
 import graphlib
 from pathlib import Path
@@ -20,7 +21,7 @@ MAY_IMPORT = {
   "data": {"splitting"},
   "workdir": {"aunet", "splitting", "data"},
   "evaluate": {"aunet", "splitting", "data", "workdir"},
-  "generate": {"aunet", "data", "workdir"},
+  "generate": {"aunet", "splitting", "data", "workdir"},
   "convert": {"workdir"},
   "train": {"aunet", "splitting", "data", "workdir", "evaluate", "generate"},
   "compile": {"aunet", "splitting", "data", "generate", "train"},
@@ -145,3 +146,13 @@ def test_only_config_reads_config_dicts():
 def test_nothing_private_of_jax_is_used():
   for module, path in files().items():
     assert not {n for n in imported(path.read_text()) if "._src" in n}, module
+
+
+def test_every_file_beside_the_code_is_installed():
+  setup = configparser.ConfigParser()
+  setup.read(PACKAGE.parent / "setup.cfg")
+  patterns = setup["options.package_data"]
+  for path in PACKAGE.rglob("*.*"):
+    if path.is_file() and path.suffix not in (".py", ".pyc", ".nbi", ".nbc"):
+      package = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+      assert path.match(patterns.get(package, "")), path

@@ -1,4 +1,5 @@
 """Prompt to text.
 
-Read `generator.py` first, then `decode.py`; `__main__.py` is the command.
+Read `generator.py` first, then `decode.py`; `__main__.py` is the command, and
+`server.py` is what `aunet_jax/serve.py` starts.
 """

@@ -1,261 +1,286 @@
-"""A web page that writes with a model and shows how it reads.
+"""A small HTTP server that writes with a model, for one machine's own use.
 
-  python -m aunet_jax.serve --workdir=runs/quickstart --port=8000
+  GET  /                the page; ?prompt=TEXT&run=1 starts at once
+  GET  /model           JSON: number of stages and their rules
+  POST /generate        JSON as `protocol.parse_request` reads it; answers JSON
+                        lines: {"text": …} as it comes, then
+                        {"characters": […], "reason": …}
+  GET  /v1/models       the one model, as OpenAI's clients ask for it
+  POST /v1/completions  OpenAI-compatible, see `completions`
 
-The page streams the text, then colours every character by the model's surprise
-(bits) and marks where each stage of the network ended a segment. Standard
-library only; for one machine's own use: it listens on 127.0.0.1 and answers one
-request at a time.
-
-  GET  /          the page; ?prompt=TEXT&run=1 starts at once
-  GET  /model     JSON: number of stages and their rules
-  POST /generate  JSON request as `Request`; answers JSON lines: {"text": …} as
-                  it comes, then {"characters": […], "reason": …}
+It listens on 127.0.0.1 and answers one request at a time. Pages of other sites
+are kept out: a request must name this machine as its host, since a foreign name
+may have been pointed here, and a page that sends one must come from here. A bad
+request is answered by a 4xx and one line of JSON; one that does not come to its
+end within `READ_SECONDS` is cut off. Standard library only.
 """
 
 import contextlib
+import importlib.resources
 import json
+import re
+import socket
 import threading
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
-
-from aunet_jax.generate.generator import Completion, Generator
-from aunet_jax.generate.sampling import Sampling
+from aunet_jax.generate import completions, protocol
+from aunet_jax.generate.generator import Generator
 
 MAX_REQUEST = 1 << 20  # bytes of a request's body
+READ_SECONDS = 20  # for all of a request to arrive
+WRITE_SECONDS = 60  # for a reader to take some of an answer
+HOSTS = ("127.0.0.1", "localhost", "[::1]")
+_MAX_MESSAGE = 500  # characters of an error
 
 
-_SETTINGS = {
-  "prompt": str,
-  "max_bytes": int,
-  "temperature": float,
-  "top_k": int,
-  "top_p": float,
-  "min_p": float,
-  "no_repeat": int,
-  "seed": int,
-}
+class Refusal(Exception):
+  """A request that is answered by an error."""
+
+  def __init__(self, status: int, message: str):
+    super().__init__(message)
+    self.status = status
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>AU-Net</title>
-<style>
-  body { font: 16px/1.6 system-ui, sans-serif; max-width: 50rem;
-         margin: 2rem auto; padding: 0 1rem; }
-  textarea { width: 100%; height: 6rem; font: inherit; box-sizing: border-box }
-  input { width: 5rem; font: inherit } label { margin-right: 1rem }
-  button { font: inherit; padding: .3rem 1rem }
-  #out { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: 1rem;
-         font: 16px/2.4 ui-monospace, monospace }
-  #out span { padding-bottom: 3px }
-  .l1 { border-right: 2px solid #4a90d9 }
-  .l2 { border-right: 3px solid #d9534a }
-  .l3 { border-right: 4px solid #2f9e44 }
-  .given { opacity: .75 } #error { color: #b00020 } #note { color: #666 }
-</style>
-<h1>AU-Net</h1>
-<form id="form">
-  <textarea id="prompt" aria-label="Text to continue"></textarea><p>
-  <label>bytes <input id="max_bytes" type="number" value="300"></label>
-  <label>temperature
-    <input id="temperature" type="number" step="0.05" value="0.8"></label>
-  <label>top p <input id="top_p" type="number" step="0.01" value="1"></label>
-  <label>seed <input id="seed" type="number" value="0"></label>
-  <button>Write</button></p>
-</form>
-<p id="note"></p><p id="error" role="alert"></p><div id="out"></div>
-<script>
-"use strict";
-const get = (id) => document.getElementById(id);
-fetch("/model").then((r) => r.json()).then((model) => {
-  get("note").textContent = model.stages + " stages. The redder a character, "
-    + "the more bits it took. Bars: ends of " + (model.rules.map(
-      (rule, i) => rule + " (stage " + (i + 2) + ")").join(", ")
-      || "nothing, bytes only") + ".";
-});
-function show(characters) {
-  const out = get("out");
-  out.replaceChildren();
-  for (const c of characters) {
-    const span = document.createElement("span");
-    span.textContent = c.text;
-    span.title = c.bits.toFixed(2) + " bits, level " + c.level;
-    const heat = Math.min(1, c.bits / 10);
-    span.style.backgroundColor = "rgba(255, 80, 40, " + heat.toFixed(3) + ")";
-    span.className = "l" + c.level + (c.given ? " given" : "");
-    out.append(span);
-  }
-}
-async function write() {
-  const request = { prompt: get("prompt").value };
-  for (const id of ["max_bytes", "temperature", "top_p", "seed"])
-    request[id] = Number(get(id).value);
-  get("error").textContent = "";
-  get("out").textContent = request.prompt;
-  const answer = await fetch("/generate", {
-    method: "POST", body: JSON.stringify(request) });
-  const reader = answer.body.getReader(), decoder = new TextDecoder();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    rest += decoder.decode(value || new Uint8Array(), { stream: !done });
-    const lines = rest.split("\\n");
-    rest = lines.pop();
-    for (const line of lines) {
-      const message = JSON.parse(line);
-      if (message.error) get("error").textContent = message.error;
-      if (message.text) get("out").append(message.text);
-      if (message.characters) {
-        show(message.characters);
-        document.body.dataset.done = message.reason;
-      }
-    }
-    if (done) return;
-  }
-}
-get("form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  write().catch((error) => { get("error").textContent = error; });
-});
-const query = new URLSearchParams(location.search);
-for (const [key, value] of query) if (get(key)) get(key).value = value;
-if (query.has("run")) write();
-</script></html>
-"""
+class Server(ThreadingHTTPServer):
+  """Holds what requests share."""
+
+  request_queue_size = 64
+
+  def __init__(self, generator: Generator, port: int, hosts: Iterable[str]):
+    self.generator = generator
+    self.hosts = {*HOSTS, *(host.lower() for host in hosts)}
+    self.busy = threading.Lock()  # one request at a time has the model
+    self.read_seconds = READ_SECONDS
+    files = importlib.resources.files("aunet_jax.generate")
+    self.page = files.joinpath("page.html").read_bytes()
+    super().__init__(("127.0.0.1", port), _Handler)
 
 
-def characters(
-  data: bytes, logprobs: np.ndarray, levels: np.ndarray, given: bool
-) -> list[dict]:
-  """One entry per character: its text, bits and deepest level.
+def make_server(
+  generator: Generator, port: int, hosts: Iterable[str] = ()
+) -> Server:
+  """A server on 127.0.0.1; port 0 picks a free one.
 
-  A byte that is part of no character stands alone, as U+FFFD.
+  Args: hosts: names under which it is reached too, through a proxy.
+  Raises: ValueError for a port that is none, OSError for one that is taken.
   """
-  result, first = [], 0
-  while first < len(data):
-    # A start of a character may be followed by up to three more bytes.
-    for size in (1, 2, 3, 4):
-      try:
-        text = data[first : first + size].decode("utf-8")
-        break
-      except UnicodeDecodeError:
-        continue
-    else:
-      text, size = "\ufffd", 1
-    end = first + len(text.encode()) if text != "\ufffd" else first + size
-    result.append(
+  if not 0 <= port < 2**16:
+    raise ValueError(f"port={port} must be between 0 and {2**16 - 1}.")
+  return Server(generator, port, hosts)
+
+
+class _Handler(BaseHTTPRequestHandler):
+  server: Server
+  timeout = WRITE_SECONDS
+  # A request line without a version gets a status line too.
+  default_request_version = "HTTP/1.0"
+
+  # ----- a connection -------------------------------------------------------
+
+  def setup(self):
+    super().setup()
+    self._begun = False  # an answer is under way
+    # A sender of one byte now and then would hold the thread for ever.
+    self._deadline = threading.Timer(
+      self.server.read_seconds, self._stop_reading
+    )
+    self._deadline.daemon = True
+    self._deadline.start()
+
+  def _stop_reading(self):
+    with contextlib.suppress(OSError):
+      self.connection.shutdown(socket.SHUT_RD)
+
+  def handle(self):
+    try:
+      # The reader left, or takes nothing.
+      with contextlib.suppress(ConnectionError, TimeoutError):
+        super().handle()
+    finally:
+      self._deadline.cancel()
+
+  def log_request(self, code="-", size="-"):
+    pass
+
+  def log_message(self, format, *args):
+    pass
+
+  def parse_request(self):
+    self.request_version = self.default_request_version
+    if not self.raw_requestline.strip():
+      self.send_error(400, "the request is empty.")
+      return False
+    return super().parse_request()
+
+  # ----- requests -----------------------------------------------------------
+
+  def do_GET(self):
+    path = self.path.split("?")[0]
+    with self._refusing():
+      self._check_sender()
+      if path == "/":
+        self._reply(200, "text/html; charset=utf-8", self.server.page)
+      elif path == "/model":
+        config = self.server.generator.config
+        self._reply_json(
+          200, {"stages": config.num_stages, "rules": list(config.rules)}
+        )
+      elif path == "/v1/models":
+        self._reply_json(200, completions.models())
+      else:
+        raise Refusal(404, "no such page.")
+
+  def do_POST(self):
+    answers = {
+      "/generate": self._generate,
+      "/v1/completions": self._complete,
+    }
+    with self._refusing():
+      self._check_sender()
+      answer = answers.get(self.path.split("?")[0])
+      if answer is None:
+        raise Refusal(404, "no such page.")
+      answer(self._read_body())
+
+  def _check_sender(self):
+    """Raises: Refusal unless this machine is meant, by a page of its own."""
+    hosts = self.headers.get_all("Host", [])
+    if len(hosts) != 1:
+      raise Refusal(400, "a request has one Host header.")
+    (host,) = hosts
+    name = re.fullmatch(
+      r"(\[[0-9a-f:.]+\]|[^\[\]:@/\s]+)(:\d{1,5})?", host.lower()
+    )
+    if name is None or name[1] not in self.server.hosts:
+      raise Refusal(
+        403,
+        f"the host {host!r} is not this machine; if it stands before this "
+        f"server, start it with --host=NAME.",
+      )
+    for origin in self.headers.get_all("Origin", []):
+      if origin.lower() not in (
+        f"http://{host.lower()}",
+        f"https://{host.lower()}",
+      ):
+        raise Refusal(403, f"a page of {origin!r} may not use this server.")
+
+  def _read_body(self) -> bytes:
+    lengths = self.headers.get_all("Content-Length", [])
+    if "Transfer-Encoding" in self.headers or len(lengths) != 1:
+      raise Refusal(411, "a request has one Content-Length, and no encoding.")
+    (length,) = lengths
+    if not re.fullmatch("[0-9]{1,20}", length.strip(" \t")):
+      raise Refusal(400, f"Content-Length {length!r} is no number of bytes.")
+    if int(length) > MAX_REQUEST:
+      raise Refusal(413, f"a request has at most {MAX_REQUEST} bytes.")
+    body = self.rfile.read(int(length))
+    if len(body) < int(length):
+      raise Refusal(408, f"the request ended after {len(body)} of its bytes.")
+    self._deadline.cancel()
+    return body
+
+  def _generate(self, body: bytes):
+    prompt, arguments = protocol.parse_request(body)
+
+    def send(message):
+      self._send(json.dumps(message) + "\n", "application/x-ndjson")
+
+    with self.server.busy:
+      (completion,) = self.server.generator.generate(
+        [prompt], on_text=lambda row, text: send({"text": text}), **arguments
+      )
+    send(
       {
-        "text": text,
-        "bits": float(-logprobs[first:end].sum() / np.log(2)),
-        "level": int(levels[first:end].max()),
-        "given": given,
+        "characters": protocol.characters(completion),
+        "reason": completion.reason,
       }
     )
-    first = end
-  return result
 
+  def _complete(self, body: bytes):
+    request = completions.parse_request(body)
+    answer = completions.Answer(request)
 
-def all_characters(completion: Completion) -> list[dict]:
-  """Of the prompt, then of what was written."""
-  return characters(
-    completion.prompt,
-    completion.prompt_logprobs,
-    completion.prompt_levels,
-    given=True,
-  ) + characters(
-    completion.data, completion.logprobs, completion.levels, given=False
-  )
+    def send(message):
+      self._send(f"data: {message}\n\n", "text/event-stream")
 
+    def on_piece(row, piece):
+      if request.max_bytes:
+        send(json.dumps(answer.piece(row, piece)))
 
-def parse_request(body: bytes) -> tuple[bytes, dict]:
-  """A request as (prompt, arguments of `Generator.generate`).
+    with self.server.busy:
+      finished = self.server.generator.generate(
+        request.prompts,
+        on_piece=on_piece if request.stream else None,
+        **request.arguments,
+      )
+    if not request.stream:
+      self._reply_json(200, answer.complete(finished))
+      return
+    for chunk in answer.last(finished):
+      send(json.dumps(chunk))
+    send("[DONE]")
 
-  Raises: ValueError for JSON that is none, a field that is not known, or a
-    value of the wrong type or range.
-  """
-  try:
-    request = json.loads(body)
-  except ValueError as error:
-    raise ValueError(f"the request is not JSON: {error}") from None
-  if not isinstance(request, dict):
-    raise ValueError("the request must be a JSON object.")
-  for name, value in request.items():
-    if name not in _SETTINGS:
-      raise ValueError(f"{name!r} is not one of {', '.join(_SETTINGS)}.")
-    kind = _SETTINGS[name]
-    if kind is float and type(value) is int:
-      continue
-    if type(value) is not kind and value is not None:
-      raise ValueError(f"{name}={value!r} must be a {kind.__name__}.")
-  given = {k: v for k, v in request.items() if v is not None}
-  prompt = given.pop("prompt", "").encode("utf-8", errors="replace")
-  arguments = {k: given.pop(k) for k in ("max_bytes", "seed") if k in given}
-  return prompt, arguments | {"settings": Sampling(**given)}
+  # ----- answers ------------------------------------------------------------
 
+  @contextlib.contextmanager
+  def _refusing(self):
+    """Answers what is wrong with a request, and says defects of ours."""
+    try:
+      yield
+    except Refusal as refusal:
+      self.send_error(refusal.status, str(refusal))
+    except ValueError as error:
+      self.send_error(400, str(error))
+    except (ConnectionError, TimeoutError):
+      raise
+    except Exception:
+      self.send_error(500, "the server failed; its terminal has the reason.")
+      raise
 
-def make_server(generator: Generator, port: int) -> ThreadingHTTPServer:
-  """A server on 127.0.0.1; port 0 picks a free one."""
-  busy = threading.Lock()
+  def _begin(self, status, kind, size=None):
+    self._begun = True
+    self.send_response(status)
+    self.send_header("Content-Type", kind)
+    if size is not None:
+      self.send_header("Content-Length", str(size))
+    self.end_headers()
 
-  class Handler(BaseHTTPRequestHandler):
-    def log_message(self, format, *args):
-      pass
+  def _reply(self, status: int, kind: str, body: bytes):
+    self._begin(status, kind, len(body))
+    self.wfile.write(body)
 
-    def _reply(self, status, kind, body):
-      self.send_response(status)
-      self.send_header("Content-Type", kind)
-      self.send_header("Content-Length", str(len(body)))
-      self.end_headers()
-      self.wfile.write(body)
+  def _reply_json(self, status: int, message: dict):
+    body = json.dumps(message).encode() + b"\n"
+    self._reply(status, "application/json", body)
 
-    def handle(self):
-      with contextlib.suppress(ConnectionError):  # the reader left the page
-        super().handle()
+  def _send(self, text: str, kind: str):
+    """The next part of an answer; nothing is sent before there is one."""
+    if not self._begun:
+      self._begin(200, kind)
+    self.wfile.write(text.encode())
+    self.wfile.flush()
 
-    def do_GET(self):
-      path = self.path.split("?")[0]
-      if path == "/":
-        self._reply(200, "text/html; charset=utf-8", PAGE.encode())
-      elif path == "/model":
-        config = generator.config
-        model = {"stages": config.num_stages, "rules": list(config.rules)}
-        self._reply(200, "application/json", json.dumps(model).encode())
-      else:
-        self._reply(404, "text/plain", b"no such page\n")
+  def send_error(self, code, message=None, explain=None):
+    """One line of JSON; the library calls this for what is not even HTTP."""
+    self.close_connection = True
+    if self._begun:
+      return
+    # Its "not implemented" and "version not supported" are the sender's doing.
+    status = {501: 405, 505: 400}.get(code, code)
+    message = " ".join(str(message or "bad request").split())[:_MAX_MESSAGE]
+    path = getattr(self, "path", "")
+    if path.startswith("/v1/"):
+      self._reply_json(status, completions.error(message, status))
+    else:
+      self._reply_json(status, {"error": message})
+    self._drop_the_rest()
 
-    def do_POST(self):
-      if self.path != "/generate":
-        self._reply(404, "text/plain", b"no such page\n")
-        return
-      size = int(self.headers.get("Content-Length") or 0)
-      if size > MAX_REQUEST:
-        self._reply(413, "text/plain", b"the request is too large\n")
-        return
-      body = self.rfile.read(size)
-      self.send_response(200)
-      self.send_header("Content-Type", "application/x-ndjson")
-      self.end_headers()
-
-      def send(message):
-        self.wfile.write(json.dumps(message).encode() + b"\n")
-        self.wfile.flush()
-
-      try:
-        with busy:
-          prompt, arguments = parse_request(body)
-          (completion,) = generator.generate(
-            [prompt],
-            on_text=lambda row, text: send({"text": text}),
-            **arguments,
-          )
-        send(
-          {
-            "characters": all_characters(completion),
-            "reason": completion.reason,
-          }
-        )
-      except ValueError as error:
-        send({"error": str(error)})
-
-  return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+  def _drop_the_rest(self):
+    """Reads what still comes, since closing on it would lose the answer."""
+    with contextlib.suppress(OSError):
+      self.wfile.flush()
+      self.connection.shutdown(socket.SHUT_WR)
+      self.connection.settimeout(1)
+      while self.rfile.read(1 << 16):  # until the deadline at most
+        pass
