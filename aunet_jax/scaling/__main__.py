@@ -117,27 +117,18 @@ def _add_plan_arguments(parser, sweeps: bool) -> None:
     default=laws.CAPACITIES[0],
     help="bytes of a row, the same for all models (default 8192)",
   )
-  if sweeps:
-    add("--batch_bytes", type=_numbers, required=True, help="bytes of a step")
-    add("--learning_rates", type=_numbers, required=True)
-  else:
+  law = "" if sweeps else " (default: the paper's law)"
+  for name, text in (
+    ("--batch_bytes", "bytes of a step"),
+    ("--learning_rates", "one, or several to sweep"),
+  ):
+    add(name, type=_numbers, required=sweeps, default=[None], help=text + law)
+  if not sweeps:
     add(
       "--sizes",
       type=_numbers,
       default=[1.0],
       help="IsoFLOP grid: FLOPs per byte over what the ratio asks for",
-    )
-    add(
-      "--batch_bytes",
-      type=_numbers,
-      default=[None],
-      help="bytes of a step (default: the paper's law)",
-    )
-    add(
-      "--learning_rates",
-      type=_numbers,
-      default=[None],
-      help="one, or several to sweep (default: the paper's law)",
     )
     add(
       "--laws",

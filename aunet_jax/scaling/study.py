@@ -17,6 +17,7 @@ import types
 import typing
 from pathlib import Path
 
+from aunet_jax import files
 from aunet_jax.files import write_whole
 from aunet_jax.workdir import layout
 
@@ -155,8 +156,8 @@ def read_text(path: Path) -> str:
 def parse_json(text: str, where: str):
   """Raises: ValueError naming where the text is that does not parse."""
   try:
-    return json.loads(text)
-  except (ValueError, RecursionError) as error:
+    return files.parse_json(text)
+  except ValueError as error:
     raise ValueError(f"{where} is damaged: {error}") from None
 
 
