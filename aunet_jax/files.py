@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from aunet_jax.terminal import Failure
 
@@ -89,19 +90,20 @@ def locked(path: str | Path, busy: Callable[[], None]) -> Iterator[None]:
     yield
 
 
-def write_whole(path: str | Path, content: str | bytes) -> None:
-  """Writes a file so that readers see the old content or all of the new.
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+  """A file to write, which takes its name once the block ends well.
 
-  It survives a crash of the machine once this returns.
+  Readers see the old content or all of the new, and it survives a crash of the
+  machine from then on.
   """
   path = Path(path)
-  data = content.encode() if isinstance(content, str) else content
   descriptor, partial = tempfile.mkstemp(
     dir=path.parent, prefix=f".{path.name}.", suffix=".partial"
   )
   try:
     with os.fdopen(descriptor, "wb") as file:
-      file.write(data)
+      yield file
       file.flush()
       os.fsync(file.fileno())
     umask = os.umask(0)
@@ -111,6 +113,13 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
   except BaseException:
     Path(partial).unlink(missing_ok=True)
     raise
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+  """Writes all of a file or nothing; see `written_whole`."""
+  data = content.encode() if isinstance(content, str) else content
+  with written_whole(path) as file:
+    file.write(data)
 
 
 def parse_json(text: str | bytes):

@@ -1,23 +1,30 @@
-"""Bits per byte of text under a trained model, over a whole corpus.
+"""Bits per byte of text under a trained model, over a complete corpus.
 
   python -m aunet_jax.evaluate --workdir=runs/quickstart --data='books/*.txt'
 
+  # what every document costs, and context before each byte of long ones
+  python -m aunet_jax.evaluate --workdir=runs/quickstart --data='books/*.txt' \\
+      --per_document=scores.jsonl --stride=1024
+
 The figure is total nats / (ln 2 * text bytes), EOS counted in the nats (see
 `loss.py`), never a mean of per-document means; for models of bytes and of
-tokens alike. Documents are packed into the rows the model was trained on; one
-longer than a row continues in the next as a fresh context.
+tokens alike. A document that fits a row of the model is read in one piece; a
+longer one continues in the next as a fresh context, or with --stride in
+windows that overlap. docs/evaluation.md has every field of the result.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 
 from aunet_jax import terminal
-from aunet_jax.evaluate.bits_per_byte import __doc__, evaluate_workdir
-from aunet_jax.workdir import layout
+from aunet_jax.evaluate.bits_per_byte import evaluate_workdir
+from aunet_jax.files import written_whole
 
 
-def main(argv: list[str] | None = None) -> int:
+@terminal.command
+def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="python -m aunet_jax.evaluate",
     description=__doc__,
@@ -48,11 +55,39 @@ def main(argv: list[str] | None = None) -> int:
     action="store_true",
     help="with matrices rounded to int8, as generation with --int8",
   )
+  parser.add_argument(
+    "--stride",
+    type=int,
+    metavar="N",
+    help="windows of a long document start every N positions and overlap "
+    "(default: they are disjoint)",
+  )
+  parser.add_argument(
+    "--per_document",
+    metavar="FILE",
+    help="also write the scores of every document, one JSON object a line",
+  )
+  parser.add_argument(
+    "--compressor_bytes",
+    type=int,
+    default=16 << 20,
+    metavar="N",
+    help="text to give to gzip and xz for comparison, at about a second a MB "
+    "(default 16 MiB; 0: none)",
+  )
   terminal.add_trust_rules(parser)
   args = parser.parse_args(argv)
   if args.batch_size < 1:
     parser.error(f"--batch_size={args.batch_size} must be positive")
-  try:
+  if args.compressor_bytes < 0:
+    parser.error(f"--compressor_bytes={args.compressor_bytes} is below 0")
+  with contextlib.ExitStack() as stack:
+    options = {}
+    if args.per_document is not None:  # opened first: an hour may follow
+      file = stack.enter_context(written_whole(args.per_document))
+      options["on_document"] = lambda row: file.write(
+        json.dumps(row).encode() + b"\n"
+      )
     result = evaluate_workdir(
       args.workdir,
       args.data,
@@ -61,16 +96,16 @@ def main(argv: list[str] | None = None) -> int:
       args.official_scoring,
       args.int8,
       trust_rules=args.trust_rules,
+      stride=args.stride,
+      compressor_bytes=args.compressor_bytes,
+      **options,
     )
-  except (ValueError, OSError, layout.CheckpointError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
   print(
-    f"{result['bits_per_byte']:.4f} bits per byte over {result['bytes']:,} "
-    f"bytes of {result['documents']:,} documents"
+    f"{result['bits_per_byte']:.4f} bits per byte "
+    f"({result['bits_per_byte_without_eos']:.4f} without EOS) over "
+    f"{result['bytes']:,} bytes of {result['documents']:,} documents"
   )
   print(json.dumps(result))
-  return 0
 
 
 if __name__ == "__main__":

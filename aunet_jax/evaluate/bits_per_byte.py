@@ -1,21 +1,24 @@
 """Bits per byte of a corpus."""
 
 import dataclasses
-import gzip
+import itertools
 import lzma
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from aunet_jax.aunet import loss, quantize, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.aunet.sharding import Batch, to_device
-from aunet_jax.config import DataConfig, MeshConfig
+from aunet_jax.config import BOS, EOS, DataConfig, MeshConfig
 from aunet_jax.data import loader
+from aunet_jax.evaluate import windows
 from aunet_jax.workdir import load
 
 
@@ -64,16 +67,110 @@ def evaluate_batches(
   }
 
 
-def compressor_bits_per_byte(corpus: loader.Corpus) -> dict[str, float]:
-  """What `gzip -9` and `xz -9` need for the corpus as one stream."""
-  text = b"".join(content for _, content in corpus.documents())
-  return {
-    "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
-    "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
+def compressor_bits_per_byte(
+  corpus: loader.Corpus, max_bytes: int = 16 << 20
+) -> dict[str, float]:
+  """What `gzip -9` and `xz -9` need for the start of a corpus as one stream.
+
+  Args: max_bytes: of it; both take about a second a megabyte. 0 = {}.
+  """
+  if max_bytes == 0:
+    return {}
+  packers = {
+    "gzip -9": zlib.compressobj(9, wbits=31),
+    "xz -9": lzma.LZMACompressor(preset=9),
   }
+  sizes, total = dict.fromkeys(packers, 0), 0
+  for _, content in corpus.documents():
+    content = memoryview(content)[: max_bytes - total]
+    total += len(content)
+    for name, packer in packers.items():
+      sizes[name] += len(packer.compress(content))
+    if total == max_bytes:
+      break
+  for name, packer in packers.items():
+    sizes[name] += len(packer.flush())
+  return {name: 8 * size / total for name, size in sizes.items()}
 
 
 # ----- the command ----------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Sums:
+  """Nats of targets and what they are summed over; EOS's apart as well."""
+
+  nats: float = 0.0
+  eos_nats: float = 0.0
+  bytes: int = 0
+  targets: int = 0
+  windows: int = 0
+
+  def add(self, other: "Sums") -> None:
+    for field in dataclasses.fields(self):
+      name = field.name
+      setattr(self, name, getattr(self, name) + getattr(other, name))
+
+  def to_json(self) -> dict:
+    """Bits per byte are None where there is no byte."""
+
+    def bits(nats):
+      return loss.bits_per_byte(nats, self.bytes) if self.bytes else None
+
+    return {
+      "nats": self.nats,
+      "bytes": self.bytes,
+      "targets": self.targets,
+      "loss_nats": self.nats / self.targets,
+      "bits_per_byte": bits(self.nats),
+      "bits_per_byte_without_eos": bits(self.nats - self.eos_nats),
+    }
+
+
+def score_windows(
+  model: AUNet,
+  params,
+  rows: Iterable[list[windows.Window]],
+  mesh: Mesh,
+  batch_size: int,
+  unit_bytes: np.ndarray,
+) -> Iterator[tuple[int, Sums]]:
+  """(document, sums) of every window, in order.
+
+  Args: unit_bytes: text bytes of every id; 0 of EOS alone.
+  """
+
+  def nats_of(params, batch):
+    logits_BLV = model.apply(
+      {"params": params}, batch["bytes"], batch["levels"], batch["documents"]
+    )
+    return loss.cross_entropy(logits_BLV, batch["targets"])
+
+  step = jax.jit(nats_of, out_shardings=sharding.replicated(mesh))
+  length = model.config.capacities[0]
+  rows = iter(rows)
+  while some := list(itertools.islice(rows, batch_size)):
+    arrays = windows.batch(some, batch_size, length)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+      nats_BL = step(params, to_device(arrays, mesh))
+    nats_BL = np.asarray(nats_BL, np.float64)  # a float32 sum loses digits
+    for row, nats_L in zip(some, nats_BL, strict=False):
+      at = 0
+      for window in row:
+        new = window.scored - window.start
+        nats_N = nats_L[at + new : at + window.size]
+        bytes_N = unit_bytes[window.targets[new:]]
+        yield (
+          window.document,
+          Sums(
+            float(nats_N.sum()),
+            float(nats_N[bytes_N == 0].sum()),
+            int(bytes_N.sum()),
+            len(nats_N),
+            1,
+          ),
+        )
+        at += window.size
 
 
 def evaluate_workdir(
@@ -84,7 +181,11 @@ def evaluate_workdir(
   official_scoring: bool = False,
   int8: bool = False,
   log: Callable = print,
+  *,
   trust_rules: bool = False,
+  stride: int | None = None,
+  compressor_bytes: int = 16 << 20,
+  on_document: Callable[[dict], None] = lambda row: None,
 ) -> dict:
   """Bits per byte of any text under the model of a workdir.
 
@@ -93,51 +194,98 @@ def evaluate_workdir(
       official code's evaluation does (a defect; see docs/fidelity.md).
     int8: round matrices as generation with int8 does.
     trust_rules: see `aunet_jax.load`.
+    stride: positions between the windows of a document that is longer than a
+      row; None = they are disjoint.
+    compressor_bytes: of the text to give to compressors for comparison.
+    on_document: takes the scores of every document, in order.
   Raises: ValueError, CheckpointError.
   """
   mesh = sharding.make_mesh(MeshConfig())
   shards = mesh.shape["data"]
   batch_size = -(-batch_size // shards) * shards
   loaded = load.load(workdir, mesh, trust_rules)
-  model = loaded.model
+  model, tokenizer = loaded.model, loaded.tokenizer
+  capacities = model.config.capacities
+  if stride is not None and not 1 <= stride <= capacities[0]:
+    raise ValueError(
+      f"--stride={stride} must be from 1 to the {capacities[0]} positions of "
+      f"this model's rows."
+    )
   if official_scoring:
     model = AUNet(dataclasses.replace(model.config, final_norm=False))
   params = loaded.params
   if int8:
     params = quantize.round_params(params, model.config.upsampling)
   began = time.perf_counter()
+  ids, unit_bytes = (BOS, EOS), np.ones(model.config.vocab_size, np.int32)
+  unit_bytes[list(ids)] = 0
+  if tokenizer is not None:
+    ids, unit_bytes = (tokenizer.bos, tokenizer.eos), tokenizer.num_bytes
   with tempfile.TemporaryDirectory() as cache:
-    corpus, _ = loader.open_corpora(
-      DataConfig(
-        train=paths,
-        heldout_fraction=0.0,
-        text_field=text_field,
-        tokenizer=loaded.tokenizer.path if loaded.tokenizer else None,
-      ),
-      loaded.splitter,
-      loaded.config.model.capacities,
-      cache_dir=cache,
-      log=log,
+    corpus = _open_text(
+      paths, loaded.splitter, capacities, cache, text_field, tokenizer, log
     )
-    step = jax.jit(
-      make_eval_step(model), out_shardings=sharding.replicated(mesh)
-    )
-    totals = evaluate_batches(
-      step,
-      params,
-      loader.evaluation_batches(corpus, batch_size=batch_size),
-      mesh,
-    )
-    packed = compressor_bits_per_byte(corpus)
+    names = []
+
+    def all_windows():
+      for number, (name, text) in enumerate(corpus.documents()):
+        names.append(name)
+        units = np.frombuffer(text, np.uint8)
+        if tokenizer is not None:
+          units = tokenizer.encode(text)
+        yield from windows.windows(
+          number, units, loaded.splitter, capacities, stride, ids
+        )
+
+    total, cuts = Sums(), 0
+    scored = score_windows(
+      model, params, windows.rows(all_windows(), capacities), mesh, batch_size,
+      unit_bytes,
+    )  # fmt: skip
+    for number, parts in itertools.groupby(scored, key=lambda pair: pair[0]):
+      document = Sums()
+      for _, sums in parts:
+        document.add(sums)
+      total.add(document)
+      cuts += document.windows - 1
+      on_document(
+        {"name": names[number]}
+        | document.to_json()
+        | {"windows": document.windows}
+      )
+    if not total.bytes:
+      raise ValueError("there is no text to evaluate: the data holds no bytes.")
     return {
-      **totals,
+      **total.to_json(),
       "eos_counted": True,
       "documents": corpus.num_documents,
-      "cuts": corpus.num_cuts,
+      "cuts": cuts,
+      "stride": stride,
       "skipped": corpus.skipped,
-      "compressors_bits_per_byte": packed,
+      "compressors_bits_per_byte": compressor_bits_per_byte(
+        corpus, compressor_bytes
+      ),
+      "compressors_bytes": min(compressor_bytes, corpus.num_bytes),
       "official_scoring": official_scoring,
       "int8": int8,
       "step": loaded.step,
       "seconds": time.perf_counter() - began,
     }
+
+
+def _open_text(
+  paths, splitter, capacities, cache, text_field, tokenizer, log
+) -> loader.Corpus:
+  corpus, _ = loader.open_corpora(
+    DataConfig(
+      train=paths,
+      heldout_fraction=0.0,
+      text_field=text_field,
+      tokenizer=None if tokenizer is None else tokenizer.path,
+    ),
+    splitter,
+    capacities,
+    cache_dir=cache,
+    log=log,
+  )
+  return corpus

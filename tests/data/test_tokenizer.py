@@ -227,19 +227,18 @@ def rows_of(workdir):
 
 
 def test_bits_per_byte_are_nats_of_tokens_and_eos_over_bytes_of_text(
-  workdir, texts, tokens, file, tmp_path
+  workdir, texts, tokens
 ):
   loaded = load.load(workdir)
   length = loaded.config.model.capacities[0]
   apply = jax.jit(loaded.model.apply)
   nats = 0.0
-  corpus = open_texts(texts, file, tmp_path, capacity=length)
-  for number in range(corpus.num_rows):
-    for piece in corpus.stores[0].pieces(number):  # each alone
-      ids = tokens.encode(TEXTS[piece.document]).astype(np.int32)
+  for text in TEXTS:  # each alone; longer than a row: in fresh contexts
+    ids = tokens.encode(text).astype(np.int32)
+    for start in range(0, len(ids) + 1, length):
       inputs, targets, real = np.zeros((3, 1, length), np.int32)
-      size = piece.stop - piece.start
-      span = slice(piece.start, piece.stop)
+      span = slice(start, min(start + length, len(ids) + 1))
+      size = span.stop - span.start
       inputs[0, :size] = np.concatenate([[tokens.bos], ids])[span]
       targets[0, :size] = np.concatenate([ids, [tokens.eos]])[span]
       real[0, :size] = 1
@@ -253,9 +252,6 @@ def test_bits_per_byte_are_nats_of_tokens_and_eos_over_bytes_of_text(
   assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
   heldout = [r for r in rows_of(workdir) if "heldout_bits_per_byte" in r]
   assert heldout[-1]["heldout_bytes"] == num_bytes
-  assert heldout[-1]["heldout_bits_per_byte"] == pytest.approx(
-    result["bits_per_byte"], rel=1e-5
-  )
 
 
 def test_an_epoch_logs_exactly_the_bytes_of_the_text(texts, file, tmp_path):

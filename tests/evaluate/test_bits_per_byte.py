@@ -1,8 +1,11 @@
 """Bits per byte of a corpus, against a sum over documents done by hand."""
 
 import dataclasses
+import gzip
 import json
+import lzma
 import math
+import os
 
 import jax
 import numpy as np
@@ -12,7 +15,7 @@ from aunet_jax import config as config_lib
 from aunet_jax.aunet import loss, network, quantize, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.evaluate import __main__ as evaluate_main
-from aunet_jax.evaluate import bits_per_byte
+from aunet_jax.evaluate import bits_per_byte, score
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.workdir import layout, load
 
@@ -140,6 +143,150 @@ def test_the_last_line_is_json(workdir, texts, capsys):
   result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
   assert result["documents"] == len(TEXTS)
   assert set(result["compressors_bits_per_byte"]) == {"gzip -9", "xz -9"}
+
+
+def rows_of(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_document_has_its_own_scores(workdir, texts, tmp_path, capsys):
+  path = tmp_path / "scores.jsonl"
+  flags = [f"--workdir={workdir}", f"--data={texts}", "--compressor_bytes=0"]
+  assert evaluate_main.main([*flags, f"--per_document={path}"]) == 0
+  result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+  assert result["compressors_bits_per_byte"] == {}
+  rows = rows_of(path)
+  assert [row["bytes"] for row in rows] == [len(text) for text in TEXTS]
+  assert [row["windows"] for row in rows][:3] == [1, 1, 1]
+  assert sum(row["windows"] for row in rows) == result["cuts"] + len(TEXTS)
+  assert sum(row["nats"] for row in rows) == pytest.approx(result["nats"])
+  loaded = load.load(workdir)
+  for row, text in zip(rows[:3], TEXTS, strict=False):
+    alone = nats_of_pieces(loaded, text, 128)
+    assert row["nats"] == pytest.approx(alone, rel=1e-5)
+    bits = row["nats"] / math.log(2) / row["bytes"]
+    assert row["bits_per_byte"] == pytest.approx(bits)
+  assert all(str(texts) in row["name"] for row in rows)
+
+
+def test_bits_without_eos_are_the_scores_of_the_bytes(workdir, texts):
+  """As `score` gives them without the end of the document."""
+  loaded = load.load(workdir)
+  only = texts.parent / "one"
+  only.mkdir(exist_ok=True)
+  (only / "0.txt").write_bytes(TEXTS[0])
+  result = bits_per_byte.evaluate_workdir(
+    str(workdir), str(only), log=lambda _: 0
+  )
+  for name, with_eos in (
+    ("bits_per_byte", True), ("bits_per_byte_without_eos", False),
+  ):  # fmt: skip
+    (found,) = score.score(
+      loaded.model.config, loaded.params, loaded.splitter,
+      [(b"", TEXTS[0])], with_eos=with_eos,
+    )  # fmt: skip
+    bits = -found.nats / math.log(2) / len(TEXTS[0])
+    assert result[name] == pytest.approx(bits, rel=1e-5)
+
+
+def test_a_stride_gives_every_byte_more_context(workdir, tmp_path, capsys):
+  """Against a document scored in windows one by one."""
+  text = b"some words and more of them, " * 12
+  (tmp_path / "text.txt").write_bytes(text)
+  loaded = load.load(workdir)
+  capacities = loaded.model.config.capacities
+  flags = [f"--workdir={workdir}", f"--data={tmp_path}"]
+  assert evaluate_main.main([*flags, "--stride=16"]) == 0
+  result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+  ids = np.array([config_lib.BOS, *text, config_lib.EOS])
+  levels = np.array([1, *loaded.splitter.levels(text)])
+  apply, nats, scored, start = jax.jit(loaded.model.apply), 0.0, 0, 0
+  while scored < len(levels):
+    deep = np.cumsum(levels[start + 1 :] > 0)
+    stop = start + 1 + int((deep < capacities[1]).sum())
+    stop = min(stop, start + capacities[0])
+    row = np.zeros((3, 1, capacities[0]), np.int32)
+    row[0, 0, : stop - start] = ids[start:stop]
+    row[1, 0, : stop - start] = levels[start:stop]
+    row[1, 0, 0], row[2, 0, : stop - start] = 1, 1
+    logits = apply({"params": loaded.params}, *row)
+    targets = np.zeros((1, capacities[0]), np.int32)
+    targets[0, : stop - start] = ids[start + 1 : stop + 1]
+    losses = np.asarray(loss.cross_entropy(logits, targets))[0]
+    nats += losses[scored - start : stop - start].sum()
+    scored, start = stop, start + 16
+  assert result["nats"] == pytest.approx(nats, rel=1e-5)
+  assert result["targets"] == len(text) + 1 and result["stride"] == 16
+  disjoint = bits_per_byte.evaluate_workdir(
+    str(workdir), str(tmp_path), log=lambda _: 0
+  )
+  assert disjoint["targets"] == result["targets"]
+  assert disjoint["nats"] != pytest.approx(result["nats"], rel=1e-3)
+
+
+def test_models_of_other_rows_see_the_same_contexts(workdir, tmp_path):
+  """Documents that fit both rows, in numbers that fill them unevenly."""
+  config = config_lib.parse_flags(["--config=tests/tiny.py"])
+  params = load.load(workdir).params
+  texts = tmp_path / "texts"
+  texts.mkdir()
+  for i in range(12):
+    (texts / f"{i:02}.txt").write_bytes(b"a few words " * (i % 5 + 1))
+  nats = []
+  for name, capacities in (("short", (64, 24)), ("long", (160, 48))):
+    other = dataclasses.replace(
+      config, model=config.model.with_capacities(capacities)
+    )
+    load.save_params(tmp_path / name, other, params)
+    result = bits_per_byte.evaluate_workdir(
+      str(tmp_path / name), str(texts), log=lambda _: 0
+    )
+    assert result["cuts"] == 0 and result["documents"] == 12
+    nats.append(result["nats"])
+  assert nats[0] == pytest.approx(nats[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("max_bytes", [5, 1000, 1 << 20])
+def test_compressors_see_no_more_than_they_are_given(max_bytes):
+  text = [bytes(range(256)) * 3, b"words " * 99]
+
+  class Corpus:
+    def documents(self):
+      return ((str(i), part) for i, part in enumerate(text))
+
+  start = b"".join(text)[:max_bytes]
+  found = bits_per_byte.compressor_bits_per_byte(Corpus(), max_bytes)
+  assert found["gzip -9"] == 8 * len(gzip.compress(start, 9)) / len(start)
+  packed = lzma.compress(start, preset=9)
+  assert found["xz -9"] == 8 * len(packed) / len(start)
+
+
+def test_names_that_are_no_utf8_are_evaluated(workdir, tmp_path, capfdbinary):
+  folder = os.fsencode(tmp_path) + b"/\xff\xe9"
+  os.mkdir(folder)
+  with open(folder + b"/\xfe.txt", "wb") as file:
+    file.write(TEXTS[0])
+  out = os.fsdecode(folder + b"/scores\xff.jsonl")
+  flags = [f"--workdir={workdir}", f"--data={os.fsdecode(folder)}/*.txt"]
+  assert evaluate_main.main([*flags, f"--per_document={out}"]) == 0
+  with open(out) as file:
+    row = json.loads(file.readline())
+  assert os.fsencode(row["name"]).endswith(b"\xfe.txt")
+  assert row["bytes"] == len(TEXTS[0])
+
+
+@pytest.mark.parametrize("stride", [0, -1, 129])
+def test_a_stride_that_no_row_has_is_refused(workdir, texts, capsys, stride):
+  flags = [f"--workdir={workdir}", f"--data={texts}", f"--stride={stride}"]
+  assert evaluate_main.main(flags) == 2
+  assert f"--stride={stride} must be from 1 to" in capsys.readouterr().err
+
+
+def test_scores_that_cannot_be_written_are_said_at_once(workdir, texts, capsys):
+  flags = [f"--workdir={workdir}", f"--data={texts}"]
+  assert evaluate_main.main([*flags, "--per_document=/no/such/f.jsonl"]) == 2
+  captured = capsys.readouterr()
+  assert "/no/such" in captured.err and captured.out == ""
 
 
 @pytest.mark.parametrize(
