@@ -8,41 +8,30 @@ built in Python is checked exactly like one from the command line.
 
 import dataclasses
 import difflib
+import functools
+import importlib.util
 import json
-import math
 import os
 import re
+import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import ml_collections
-from absl import flags
-from ml_collections import config_dict, config_flags
+
+from aunet_jax import files
 
 BOS = 256  # first input of every document; never a target
-
-
 EOS = 257  # last target of every document; never an input
-
-
 VOCAB_SIZE = 258  # as the official code (facebookresearch/lingua, apps/aunet)
-
-
 UPSAMPLINGS = ("multi_linear", "repeat", "simple")
-
-
 REMATS = ("none", "dots", "full")
-
-
 ATTENTIONS = ("auto", "xla", "splash", "triton")
-
-
 SCHEDULES = ("cosine", "wsd", "constant")
 OPTIMIZERS = ("adamw", "muon")
-
-
 DTYPES = ("float32", "bfloat16")
+LARGEST = 2**62  # no setting is above; past it numbers overflow
 
 
 def swiglu_dim(dim: int, multiple_of: int = 256) -> int:
@@ -55,22 +44,21 @@ def swiglu_dim(dim: int, multiple_of: int = 256) -> int:
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
   if value not in choices:
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(
-      f"{name}={value!r} must be one of {', '.join(choices)}.{hint}"
+      f"{name}={value!r} must be one of {', '.join(choices)}."
+      f"{_hint(value, choices)}"
     )
 
 
 def _check_positive(name: str, value: int | float) -> None:
-  if not (value > 0 and math.isfinite(value)):
-    raise ValueError(f"{name}={value} must be a positive number.")
+  if not 0 < value <= LARGEST:
+    raise ValueError(f"{name}={_shown(value)} must be a positive number.")
 
 
-def _check_range(name: str, value: int | float, low, high=math.inf) -> None:
-  if not (low <= value <= high and math.isfinite(value)):
-    above = f"at least {low}" if high == math.inf else f"{low} to {high}"
-    raise ValueError(f"{name}={value} must be {above}.")
+def _check_range(name: str, value: int | float, low, high=None) -> None:
+  if not low <= value <= (LARGEST if high is None else high):
+    above = f"at least {low}" if high is None else f"{low} to {high}"
+    raise ValueError(f"{name}={_shown(value)} must be {above}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +219,29 @@ class ModelConfig:
     return dataclasses.replace(self, stages=tuple(stages))
 
 
+def _check_sources(name: str, value) -> None:
+  """What `data.train` may be; the data itself is looked at where it is read."""
+  items = value if isinstance(value, list | tuple) else [value]
+  for item in items:
+    path = item
+    if isinstance(item, dict) and item.keys() == {"path", "weight"}:
+      path = item["path"]
+      if type(item["weight"]) not in (int, float):
+        raise ValueError(
+          f"{name}: weight={_shown(item['weight'])} must be a number."
+        )
+    if not (
+      isinstance(path, str)
+      or (
+        isinstance(path, list | tuple) and all(isinstance(p, str) for p in path)
+      )
+    ):
+      raise ValueError(
+        f"{name}={_shown(value)} must be a path, or a list of which each item "
+        'is a path or {"path": ..., "weight": ...}.'
+      )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   """Where bytes come from. See docs/data.md."""
@@ -248,6 +259,9 @@ class DataConfig:
   max_skip_fraction: float = 0.01  # of records; more bad ones stop the run
 
   def __post_init__(self):
+    _check_sources("data.train", self.train)
+    if self.heldout is not None:
+      _check_sources("data.heldout", self.heldout)
     if not 0 <= self.heldout_fraction < 1:
       raise ValueError(
         f"data.heldout_fraction={self.heldout_fraction} must be in [0, 1)."
@@ -368,11 +382,17 @@ class Config:
           f"without level head, not of {self.model.num_stages} stages: "
           f"splitting rules read bytes."
         )
-    longest = self.model.capacities[0] - 1
-    if len(self.train.sample_prompt.encode()) >= longest:
+    try:
+      length = len(self.train.sample_prompt.encode())
+    except UnicodeEncodeError:
       raise ValueError(
-        f"train.sample_prompt has {len(self.train.sample_prompt.encode())} "
-        f"bytes; the model has positions for {longest - 1} and a byte to say."
+        f"train.sample_prompt={_shown(self.train.sample_prompt)} is not text."
+      ) from None
+    longest = self.model.capacities[0] - 2  # BOS is before it, a byte after it
+    if length > longest:
+      raise ValueError(
+        f"train.sample_prompt has {length} bytes; this model's rows leave room "
+        f"for {longest} and one byte to generate."
       )
     if self.optimizer.warmup_steps >= self.train.num_steps:
       raise ValueError(
@@ -384,10 +404,14 @@ class Config:
     return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-# ----- between dataclasses and ConfigDicts ----------------------------------
+# ----- in from a file and the command line ----------------------------------
+
+# A config under way is nested dicts of plain values, {"seed": 0, "model":
+# {"stages": [{"dim": …}, …], …}, …}. It is edited as such and built once, since
+# two settings may be right together and wrong one at a time.
 
 
-def _value_type(annotation) -> tuple[type, bool]:
+def _kind(annotation) -> tuple[type, bool]:
   """The plain type of a field and whether None is allowed."""
   if isinstance(annotation, types.UnionType):
     (kind,) = [a for a in annotation.__args__ if a is not types.NoneType]
@@ -395,86 +419,102 @@ def _value_type(annotation) -> tuple[type, bool]:
   return annotation, annotation is typing.Any
 
 
-def _to_dict(cls, values: dict) -> ml_collections.ConfigDict:
-  result = ml_collections.ConfigDict(type_safe=False)
-  hints = typing.get_type_hints(cls)
+def _defaults(cls) -> dict:
+  """Values of the fields that have one."""
+  values = {}
   for field in dataclasses.fields(cls):
-    value = values.get(field.name, field.default)
-    kind, _ = _value_type(hints[field.name])
-    if dataclasses.is_dataclass(kind):
-      nested = value if isinstance(value, dict) else dataclasses.asdict(value)
-      value = _to_dict(kind, nested)
-    elif field.name == "stages":
-      value = tuple(_to_dict(StageConfig, stage) for stage in value)
-    elif kind is typing.Any:
-      value = config_dict.FieldReference(value, field_type=object)
-    elif value is None:
-      # A typed placeholder: the command line knows how to parse a value.
-      value = config_dict.placeholder(kind)
-    result[field.name] = value
-  return result
+    value = field.default
+    if dataclasses.is_dataclass(value):
+      value = dataclasses.asdict(value)
+    if value is not dataclasses.MISSING:
+      values[field.name] = value
+  return values
 
 
 def stage(**fields) -> ml_collections.ConfigDict:
   """One entry of `model.stages` for a config file; see `StageConfig`."""
   _reject_unknown(StageConfig, fields, "stage")
-  return _to_dict(StageConfig, fields)
+  values = _defaults(StageConfig) | fields
+  return ml_collections.ConfigDict(values, type_safe=False)
 
 
 def default(
   stages: Sequence[ml_collections.ConfigDict],
 ) -> ml_collections.ConfigDict:
   """A full ConfigDict with every default; config files edit and return it."""
-  config = _to_dict(Config, {"model": {"stages": ()}})
+  values = _defaults(Config) | {"model": _defaults(ModelConfig)}
+  config = ml_collections.ConfigDict(values, type_safe=False)
   config.model.stages = tuple(stages)
   return config
 
 
-def _reject_unknown(cls, values, where: str) -> None:
+def _plain(value):
+  """Nested ConfigDicts, dicts and tuples as dicts and lists."""
+  if isinstance(value, ml_collections.ConfigDict | dict):
+    return {key: _plain(value[key]) for key in value.keys()}
+  return [*map(_plain, value)] if isinstance(value, list | tuple) else value
+
+
+def _shown(value) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+  close = difflib.get_close_matches(str(name), names, n=1)
+  return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _reject_unknown(cls, values: Iterable[str], where: str) -> None:
   names = [field.name for field in dataclasses.fields(cls)]
   for key in values:
     if key not in names:
-      close = difflib.get_close_matches(key, names, n=1)
-      hint = f" Did you mean {close[0]!r}?" if close else ""
       raise ValueError(
-        f"{where}.{key} is not a setting.{hint} Known: {', '.join(names)}."
+        f"{where}.{key} is not a setting.{_hint(key, names)} Known: "
+        f"{', '.join(names)}."
       )
 
 
-def _from_values(cls, values, where: str):
-  """Builds dataclass `cls` from a mapping, naming any wrong field."""
-  if not isinstance(values, ml_collections.ConfigDict | dict):
-    raise ValueError(f"{where}={values!r} must be a group of settings.")
-  _reject_unknown(cls, values.keys(), where)
+def _build(cls, values, where: str):
+  """Dataclass `cls` of nested values.
+
+  Raises: ValueError naming the field at fault, `where` in front.
+  """
+  if not isinstance(values, dict):
+    raise ValueError(f"{where}={_shown(values)} must be a group of settings.")
+  _reject_unknown(cls, values, where)
   hints = typing.get_type_hints(cls)
   fields = {}
-  for key in values.keys():
-    value, path = values[key], f"{where}.{key}"
-    kind, optional = _value_type(hints[key])
+  for key, value in values.items():
+    name, (kind, optional) = f"{where}.{key}", _kind(hints[key])
     if dataclasses.is_dataclass(kind):
-      fields[key] = _from_values(kind, value, path)
+      value = _build(kind, value, name)
     elif key == "stages":
-      fields[key] = tuple(
-        _from_values(StageConfig, stage, f"{path}[{i}]")
+      if not isinstance(value, list):
+        raise ValueError(f"{name}={_shown(value)} must be a list of stages.")
+      value = tuple(
+        _build(StageConfig, stage, f"{name}[{i}]")
         for i, stage in enumerate(value)
       )
-    elif kind is typing.Any:
-      fields[key] = value
-    elif value is None and optional:
-      fields[key] = None
-    elif kind is float and type(value) is int:
-      fields[key] = float(value)
-    elif type(value) is kind:
-      fields[key] = value
-    else:
+    elif kind is float and type(value) is int and abs(value) < 1e300:
+      value = float(value)
+    elif kind is typing.Any or (value is None and optional):
+      pass
+    elif type(value) is not kind:
       raise ValueError(
-        f"{path}={value!r} is of type {type(value).__name__}; it must be "
+        f"{name}={_shown(value)} is of type {type(value).__name__}; it must be "
         f"{kind.__name__}{' or None' if optional else ''}."
       )
+    fields[key] = value
+  missing = [
+    field.name
+    for field in dataclasses.fields(cls)
+    if field.default is dataclasses.MISSING and field.name not in fields
+  ]
+  if missing:
+    raise ValueError(f"{where} lacks {', '.join(missing)}.")
   try:
     return cls(**fields)
-  except TypeError as error:  # a required field is absent
-    raise ValueError(f"{where}: {error}") from None
   except ValueError as error:
     if cls is not StageConfig:  # the others name their fields in full
       raise
@@ -486,7 +526,7 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
 
   Raises: ValueError naming the field, its value and the rule it breaks.
   """
-  return _from_values(Config, config, "config")
+  return _build(Config, _plain(config), "config")
 
 
 def as_config(value, where: str) -> Config:
@@ -494,131 +534,229 @@ def as_config(value, where: str) -> Config:
 
   Raises: ValueError for anything else, naming `where` it came from.
   """
-  if isinstance(value, ml_collections.ConfigDict):
-    value = from_config_dict(value)
-  if not isinstance(value, Config):
+  return _build(Config, _values_of(value, where), "config")
+
+
+def from_json(text: str) -> Config:
+  """Inverse of `Config.to_json`. Raises: ValueError, whatever is wrong."""
+  return _build(Config, files.parse_json(text), "config")
+
+
+# ----- overrides ------------------------------------------------------------
+
+
+@functools.cache
+def _settings(cls=None, prefix: str = "") -> dict[str, typing.Any]:
+  """Every setting: its full name, "[]" for a stage's number -> its type."""
+  found = {}
+  for name, annotation in typing.get_type_hints(cls or Config).items():
+    if name == "stages":
+      found |= _settings(StageConfig, f"{prefix}{name}[].")
+    elif dataclasses.is_dataclass(annotation):
+      found |= _settings(annotation, f"{prefix}{name}.")
+    else:
+      found[prefix + name] = _kind(annotation)[0]
+  return found
+
+
+def _unknown(given: str) -> ValueError:
+  """Names the setting that somebody may have meant."""
+  settings = _settings()
+  number = re.search(r"\[\d+\]", given)
+  name = re.sub(r"\[\d+\]", "[]", given)
+  if any(setting.startswith((f"{name}.", f"{name}[]")) for setting in settings):
+    return ValueError(f"--config.{given} is a group of settings: name one.")
+  # One misspelt, then one that is in another group.
+  close = difflib.get_close_matches(name, settings, n=1, cutoff=0.8)
+  last = name.rpartition(".")[2]
+  ends = {setting: setting.rpartition(".")[2] for setting in settings}
+  for spelling in (last, *difflib.get_close_matches(last, ends.values())):
+    close += [setting for setting, end in ends.items() if end == spelling]
+  hint = ""
+  if close:
+    near = close[0].replace("[]", number[0] if number else "[1]")
+    hint = f" Did you mean --config.{near}?"
+  return ValueError(f"--config.{given} is not a setting.{hint}")
+
+
+_BOOLEANS = {"true": True, "t": True, "1": True}
+_BOOLEANS |= {"false": False, "f": False, "0": False}
+
+
+def _parse(kind, text: str):
+  """A value of a field's type. Raises: ValueError for text that is none."""
+  if text == "None":
+    return None
+  if kind is bool:
+    if text.lower() not in _BOOLEANS:
+      raise ValueError("it is a boolean, True or False.")
+    return _BOOLEANS[text.lower()]
+  if kind is int and text[:2].lower() in ("0x", "0o"):
+    return int(text, 0)
+  return text if kind is typing.Any else kind(text)
+
+
+def _set(values: dict, setting: str) -> None:
+  """Carries out one "a.b[1].c=VALUE" on nested values."""
+  name, equals, text = setting.partition("=")
+  kind = _settings().get(re.sub(r"\[\d+\]", "[]", name))
+  if kind is None:
+    raise _unknown(name)
+  if not equals:
+    raise ValueError(f"--config.{name}: give a value, --config.{name}=VALUE.")
+  try:
+    value = _parse(kind, text)
+  except ValueError as error:
+    raise ValueError(f"--config.{setting}: {error}") from None
+  group = values
+  *path, last = re.findall(r"\w+", name)
+  try:
+    for part in path:
+      if part.isdigit():
+        group = group[int(part)]
+      else:  # a group that a JSON file leaves out has its defaults
+        group = group.setdefault(part, {})
+    group[last] = value
+  except IndexError:
+    raise ValueError(
+      f"--config.{setting}: no such stage; stages[0] is the byte stage, "
+      f"stages[1] the one below it."
+    ) from None
+  except (AttributeError, KeyError, TypeError):  # the file has no group there
+    raise ValueError(
+      f"--config.{setting}: no {path[-1]} to set it in."
+    ) from None
+
+
+def override(config: Config, settings: Iterable[str]) -> Config:
+  """The config with settings such as "model.stages[1].dim=256" changed.
+
+  A value is read by its field's type; None clears a field that may be None.
+
+  Raises: ValueError naming a setting that does not exist, with the nearest
+    one, a value of another type, or a rule that the result breaks.
+  """
+  values = _plain(dataclasses.asdict(config))
+  for setting in settings:
+    _set(values, setting)
+  return _build(Config, values, "config")
+
+
+def runs_code(rule: str) -> bool:
+  """Whether a splitting rule is code to import: "my_module:my_rule"."""
+  return ":" in rule.partition("@")[0]
+
+
+def _refuse_code(values: dict, path: str) -> None:
+  """Raises: ValueError where values out of a JSON file name code as a rule."""
+  model = values.get("model")
+  stages = model.get("stages") if isinstance(model, dict) else None
+  for stage in stages if isinstance(stages, list) else ():
+    rule = stage.get("rule") if isinstance(stage, dict) else None
+    if isinstance(rule, str) and runs_code(rule):
+      raise ValueError(
+        f"--config={path} names the splitting rule {rule!r}, code that is not "
+        f"run because a file says so. If you trust it, give --trust_rules."
+      )
+
+
+def _values_of(value, where: str) -> dict:
+  if isinstance(value, Config):
+    value = dataclasses.asdict(value)
+  elif not isinstance(value, ml_collections.ConfigDict):
     raise ValueError(
       f"{where} gave a {type(value).__name__}; it must return a config, as a "
       f"file of configs/ does."
     )
-  return value
+  return _plain(value)
 
 
-def from_json(text: str) -> Config:
-  """Inverse of `Config.to_json`."""
-  return _from_values(Config, json.loads(text), "config")
-
-
-def _dict_of_json(path: str) -> ml_collections.ConfigDict:
-  with open(path) as file:
-    text = file.read()
+def _read_python(path: str, argument: list[str]) -> dict:
+  """What `get_config` of a file returns, as nested values."""
+  where = f"--config={path}"
+  spec = importlib.util.spec_from_file_location("experiment_config", path)
+  module = importlib.util.module_from_spec(spec)
   try:
-    checked = from_json(text)
-  except ValueError as error:  # JSON that does not parse is one too
+    spec.loader.exec_module(module)
+    return _values_of(module.get_config(*argument), f"{where}: get_config")
+  except SyntaxError as error:
+    raise ValueError(
+      f"{where}: the config file does not parse: {error}"
+    ) from None
+  except ValueError:
+    raise
+  except Exception as error:  # the file's own mistake: where it is in the file
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(error.__traceback__)
+      if frame.filename == path
+    ]
+    reason = " ".join(str(error).replace("\\n", " ").split()).strip("\"'")
+    at = f", line {lines[-1]}" if lines else ""
+    raise ValueError(f"{where}{at}: {reason}") from error
+
+
+def _read_file(named: str, trusted: bool) -> dict:
+  """Nested values of FILE.json, FILE.py, or FILE.py:ARGUMENT."""
+  path, colon, argument = named.partition(":")
+  if not path.endswith((".py", ".json")) or not os.path.isfile(path):
+    raise ValueError(
+      f"--config={path}: no such config file (.py, or the config.json of a "
+      f"run)."
+    )
+  if path.endswith(".py"):
+    return _read_python(path, [argument] if colon else [])
+  try:
+    with open(path, encoding="utf-8") as file:
+      values = files.parse_json(file.read())
+    if not isinstance(values, dict):
+      raise ValueError(f"{_shown(values)} is no config.")
+  except ValueError as error:
     raise ValueError(f"--config={path}: {error}") from None
-  return _to_dict(Config, dataclasses.asdict(checked))
-
-
-def _settings(cls=Config, prefix: str = "") -> dict[str, str]:
-  """Every setting: its full name, "[]" for a stage's number -> last part."""
-  names = {}
-  for name, kind in typing.get_type_hints(cls).items():
-    if name == "stages":
-      names |= {prefix + name: name}
-      names |= _settings(StageConfig, f"{prefix}{name}[].")
-    elif dataclasses.is_dataclass(kind):
-      names |= _settings(kind, f"{prefix}{name}.")
-    else:
-      names[prefix + name] = name
-  return names
-
-
-def _check_overrides(args: Sequence[str]) -> None:
-  """Raises: ValueError naming an override of no setting, and the nearest."""
-  settings = _settings()
-  for arg in args:
-    if not arg.startswith("--config."):
-      continue
-    given = arg.removeprefix("--config.").partition("=")[0]
-    number = re.search(r"\[\d+\]", given)
-    name = re.sub(r"\[\d+\]", "[]", given)
-    if name in settings:
-      continue
-    # One misspelt, then one that stands in another group.
-    close = difflib.get_close_matches(name, settings, n=1, cutoff=0.8)
-    last = name.rpartition(".")[2]
-    for spelling in (last, *difflib.get_close_matches(last, settings.values())):
-      close += [n for n, end in settings.items() if end == spelling]
-    hint = ""
-    if close:
-      near = close[0].replace("[]", number[0] if number else "[1]")
-      hint = f" Did you mean --config.{near}?"
-    raise ValueError(f"--config.{given} is not a setting.{hint}")
+  if not trusted:
+    _refuse_code(values, path)
+  return values
 
 
 def parse_flags(args: Sequence[str]) -> Config:
   """Reads `--config=FILE` and `--config.a.b=VALUE` overrides.
 
-  FILE is Python with a `get_config`, or the config.json of a run. A VALUE of
-  None clears a setting that may be None.
+  FILE is Python with a `get_config`, or the config.json of a run; such a file
+  may name code as a splitting rule only with `--trust_rules`. A VALUE of None
+  clears a setting that may be None.
 
   Raises: ValueError naming a misspelt or ill-typed override, with the nearest
     right key.
   """
-  whole = [arg for arg in args if arg.startswith("--config=")]
-  for arg in whole:
-    path = arg.removeprefix("--config=").split(":")[0]
-    if not path.endswith((".py", ".json")) or not os.path.isfile(path):
-      raise ValueError(
-        f"--config={path}: no such config file (.py, or the config.json of a "
-        f"run)."
-      )
-  _check_overrides(args)
-  # The flags would read "None" as text, or as no number.
-  cleared = [a for a in args if re.fullmatch(r"--config\..*=None", a)]
-  args = [a for a in args if a not in cleared]
-  holder = flags.FlagValues()
-  try:
-    if whole and whole[-1].endswith(".json"):
-      command = ["config", *(arg for arg in args if arg not in whole)]
-      config_flags.DEFINE_config_dict(
-        "config",
-        _dict_of_json(whole[-1].removeprefix("--config=")),
-        flag_values=holder,
-        lock_config=True,
-        sys_argv=command,
-      )
+  named, settings, rest, trusted = None, [], [], False
+  waiting = iter(args)
+  for arg in waiting:
+    name, equals, value = arg.partition("=")
+    name = name.removeprefix("-").removeprefix("-") if arg[:1] == "-" else ""
+    if arg == "--trust_rules":
+      trusted = True
+    elif name == "config":
+      named = value if equals else next(waiting, "")
+    elif name.startswith("config."):
+      setting = name.removeprefix("config.")
+      if not equals:  # "--config.a.b VALUE"; a boolean needs none
+        of_boolean = _settings().get(setting) is bool
+        value = "True" if of_boolean else next(waiting, None)
+      settings.append(setting if value is None else f"{setting}={value}")
     else:
-      command = ["config", *args]
-      config_flags.DEFINE_config_file(
-        "config", flag_values=holder, lock_config=True, sys_argv=command
-      )
-    rest = holder(command)[1:]
-    value = holder.config
-    if value is None:
-      raise ValueError(
-        "give a config, for example --config=configs/quickstart.py"
-      )
-    for arg in cleared:
-      group = value
-      *path, last = re.findall(r"\w+", arg.removesuffix("=None"))[1:]
-      for part in path:
-        group = group[int(part) if part.isdigit() else part]
-      group[last] = None
-  except IndexError:
-    raise ValueError(
-      f"{' '.join(a for a in [*args, *cleared] if '[' in a)}: no such stage; "
-      f"stages[0] is the byte stage, stages[1] the one below it."
-    ) from None
-  except flags.Error as error:
-    raise ValueError(str(error)) from None
-  except (AttributeError, KeyError, NameError) as error:  # its own mistake
-    reason = str(error).replace("\\n", " ").replace("\\'", "'")
-    if reason[:1] == reason[-1:]:
-      reason = reason[1:-1]  # a KeyError quotes its text
-    raise ValueError(f"{' '.join(whole)}: {reason}") from error
-  except SyntaxError as error:
-    raise ValueError(f"the config file does not parse: {error}") from None
+      rest.append(arg)
   if rest:
     raise ValueError(f"unknown arguments: {' '.join(rest)}")
-  return from_config_dict(value)
+  if named is None:
+    raise ValueError(
+      "give a config, for example --config=configs/quickstart.py"
+    )
+  values = _read_file(named, trusted)
+  for setting in settings:
+    _set(values, setting)
+  try:
+    return _build(Config, values, "config")
+  except ValueError as error:
+    if named.endswith(".json") and not settings:
+      raise ValueError(f"--config={named}: {error}") from None
+    raise

@@ -74,8 +74,8 @@ def add_trust_rules(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--trust_rules",
     action="store_true",
-    help="let the workdir name code to run as a splitting rule (MODULE:NAME), "
-    "or a table of one that lies outside it",
+    help="run code that a workdir's config.json names as splitting rule "
+    "(MODULE:NAME), and read tables of rules outside the workdir",
   )
 
 

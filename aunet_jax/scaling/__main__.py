@@ -277,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     action="store_true",
     help="only print a training command for every cell that is not done",
   )
+  terminal.add_trust_rules(run)
   for name, (text, about) in _FITTING.items():
     _add_fit_arguments(
       commands.add_parser(
@@ -369,11 +370,12 @@ def run(args: argparse.Namespace) -> int:
   if args.minutes is not None and not args.minutes > 0:
     raise ValueError(f"--minutes={args.minutes} must be above 0.")
   only = [part for part in args.only.split(",") if part]
+  flags = ["--trust_rules"] if args.trust_rules else []
   if args.print:
     for one in study.read_study(args.study)[1]:
       state = study.read_state(args.study / one.run).state
       if run_lib.matches(one, only) and state != "done":
-        print(shlex.join(run_lib.command(one, args.study)))
+        print(shlex.join([*run_lib.command(one, args.study), *flags]))
     return 0
   result = run_lib.run(
     args.study,
@@ -381,6 +383,7 @@ def run(args: argparse.Namespace) -> int:
     only=only,
     retry=args.retry,
     seconds=None if args.minutes is None else 60 * args.minutes,
+    flags=flags,
   )
   counted = ", ".join(f"{len(ids)} {name}" for name, ids in result.items())
   print(counted)

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -225,17 +224,9 @@ class Settings:
     if self.heldout is not None:
       settings.append(f"data.heldout={self.heldout}")
     try:
-      return _override(config, [*settings, *self.others])
+      return config_lib.override(config, [*settings, *self.others])
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from None
-
-
-def _override(config: Config, settings: Sequence[str]) -> Config:
-  flags = [f"--config.{item}" for item in settings]
-  with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-    file.write(config.to_json())
-    file.flush()
-    return config_lib.parse_flags([f"--config={file.name}", *flags])
 
 
 # ----- runs -----------------------------------------------------------------

@@ -62,13 +62,13 @@ class _Job:
   So a cell whose runner was killed is not started a second time beside it.
   """
 
-  def __init__(self, run: Run, study: Path, lock: Lock):
+  def __init__(self, run: Run, study: Path, lock: Lock, flags: Sequence[str]):
     self.run, self._workdir, self._lock = run, study / run.run, lock
     self._began = time.monotonic()
     with (self._workdir / LOG_FILE).open("ab") as log:
       self._log_start = log.tell()  # what comes before is of earlier starts
       self.process = subprocess.Popen(
-        command(run, study),
+        [*command(run, study), *flags],
         stdout=log,
         stderr=subprocess.STDOUT,
         pass_fds=[lock.fileno()],
@@ -97,7 +97,7 @@ class _Job:
     return (errors or lines or silent)[-1].removeprefix("error: ")
 
 
-def _start(run: Run, study: Path) -> _Job | None:
+def _start(run: Run, study: Path, flags: Sequence[str]) -> _Job | None:
   """Starts a run unless another process has it or has just finished it."""
   workdir = study / run.run
   with contextlib.ExitStack() as stack:
@@ -105,7 +105,7 @@ def _start(run: Run, study: Path) -> _Job | None:
     if not lock.take(wait=False) or read_state(workdir).state == "done":
       return None
     (workdir / STATE_FILE).unlink(missing_ok=True)
-    job = _Job(run, study, lock)
+    job = _Job(run, study, lock, flags)
     stack.pop_all()  # the job closes it
     return job
 
@@ -117,6 +117,7 @@ def run(
   only: Sequence[str] = (),
   retry: bool = False,
   seconds: float | None = None,
+  flags: Sequence[str] = (),
 ) -> dict[str, list[str]]:
   """Makes every run that is not done; failed ones only with `retry`.
 
@@ -124,6 +125,7 @@ def run(
     jobs: runs at a time. only: parts of the ids to run; none = all.
     seconds: start nothing after this many, and stop what runs: it goes on the
       next time.
+    flags: more of the training command.
   Returns: ids by state: done, failed, waiting.
   Raises: ValueError where the study cannot be run: none, or other data.
   """
@@ -153,7 +155,7 @@ def run(
         for job in running:
           job.process.send_signal(signal.SIGTERM)
       while todo and len(running) < jobs:
-        job = _start(todo.pop(0), study)
+        job = _start(todo.pop(0), study, flags)
         if job is not None:
           running.append(job)
       for job in [job for job in running if job.process.poll() is not None]:

@@ -26,6 +26,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Hashable
 
+from aunet_jax.config import runs_code
 from aunet_jax.splitting.unicode_table import (
   DIGIT,
   IDEOGRAPH,
@@ -233,11 +234,6 @@ RULES = {
   "stride": stride,
   "bytes": bytes_,
 }
-
-
-def runs_code(name: str) -> bool:
-  """Whether a rule's name has Python import a module: "my_module:my_rule"."""
-  return ":" in name.partition("@")[0]
 
 
 def source_of(name: str) -> str:

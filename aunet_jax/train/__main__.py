@@ -40,6 +40,9 @@ HELP = """any setting of the config can be changed on the command line:
   --config.model.stages[1].dim=256      a wider second stage
   --config.mesh.fsdp=4                  split parameters over four devices
 
+a config.json as --config may name code as a splitting rule (MODULE:NAME) only
+with --trust_rules; a Python file, and the command line, may name any.
+
 the workdir then holds config.json, checkpoints/, metrics.jsonl, tensorboard/
 and loss_curve.png. Exit status: 0 finished, 2 bad input, 1 the run failed,
 75 stopped by a signal with everything saved (run the same command again).

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aunet_jax import files
-from aunet_jax.config import ModelConfig
-from aunet_jax.splitting.rules import runs_code, source_of
+from aunet_jax.config import ModelConfig, runs_code
+from aunet_jax.splitting.rules import source_of
 from aunet_jax.splitting.splitter import MACHINES
 from aunet_jax.workdir.layout import CheckpointError
 
