@@ -252,11 +252,15 @@ class DataConfig:
   train: typing.Any = "python"
   heldout: typing.Any = None  # as train; None: a share of train's documents
   heldout_fraction: float = 0.02  # of documents, by a stable hash of the text
-  text_field: str = "text"  # of JSONL objects and Parquet rows
+  text_field: str = "text"  # of JSONL objects and table rows; "a.b" goes inside
+  # Between the documents of a text file: "line", "blank_line" or any string;
+  # None = a file is one document.
+  separator: str | None = None
   tokenizer: str | None = None  # a tokenizer.json; None = read bytes
   cache_dir: str | None = None  # None = WORKDIR/data
   num_workers: int = 0  # Grain worker processes; 0 = in this process
-  max_skip_fraction: float = 0.01  # of records; more bad ones stop the run
+  # Of records, and of bytes of text; more that is lost stops the run.
+  max_skip_fraction: float = 0.01
 
   def __post_init__(self):
     _check_sources("data.train", self.train)
@@ -265,6 +269,10 @@ class DataConfig:
     if not 0 <= self.heldout_fraction < 1:
       raise ValueError(
         f"data.heldout_fraction={self.heldout_fraction} must be in [0, 1)."
+      )
+    if self.separator == "":
+      raise ValueError(
+        'data.separator="" cannot separate; give a string, or leave it out.'
       )
     _check_range("data.num_workers", self.num_workers, 0)
     _check_range("data.max_skip_fraction", self.max_skip_fraction, 0, 1)

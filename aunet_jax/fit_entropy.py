@@ -19,9 +19,8 @@ import sys
 import numpy as np
 
 from aunet_jax import terminal
-from aunet_jax.data import sources
+from aunet_jax.data import reading, sources
 from aunet_jax.evaluate.entropies import (
-  __doc__,
   _threshold,
   _values,
   fit,
@@ -31,7 +30,8 @@ from aunet_jax.splitting.entropy import MODES, STEPS_PER_BIT
 from aunet_jax.workdir import layout, load
 
 
-def main(argv: list[str] | None = None) -> int:
+@terminal.command
+def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="python -m aunet_jax.fit_entropy",
     description=__doc__,
@@ -45,29 +45,34 @@ def main(argv: list[str] | None = None) -> int:
   add("--mode", choices=MODES, default="threshold")
   add("--max_bytes", type=int, default=4_000_000, help="text to read")
   terminal.add_trust_rules(parser)
+  add("--text_field", default="text", help="as config.data.text_field")
+  add("--separator", help="as config.data.separator")
   args = parser.parse_args(argv)
+  if args.bytes_per_segment <= 1:
+    raise ValueError(
+      f"--bytes_per_segment={args.bytes_per_segment} must be above 1."
+    )
+  if args.max_bytes < 1:
+    raise ValueError(f"--max_bytes={args.max_bytes} must be positive.")
+  skips = reading.SkipLog(reading.log_to_stderr)
+  documents = [
+    document.text
+    for document in sources.documents(
+      args.data, args.text_field, args.max_bytes, skips.add, args.separator
+    )
+  ]
+  skips.finish()
   try:
-    if args.bytes_per_segment <= 1:
-      raise ValueError(
-        f"--bytes_per_segment={args.bytes_per_segment} must be above 1."
-      )
-    documents, total = [], 0
-    for source in sources.list_sources(args.data)[0]:
-      for record in sources.read_source(source, "text"):
-        if isinstance(record, sources.Document) and total < args.max_bytes:
-          documents.append(record.text[: args.max_bytes - total])
-          total += len(documents[-1])
     loaded = load.load(args.workdir, trust_rules=args.trust_rules)
-    if loaded.tokenizer is not None:
-      raise ValueError(
-        f"{args.workdir} holds a model of tokens; entropies need one of bytes."
-      )
-    context_N, bits_N = model_entropies(loaded, documents)
-    table = fit(context_N, bits_N, args.bytes_per_segment, args.mode)
-    table.save(args.output)
-  except (ValueError, OSError, layout.CheckpointError) as error:
-    print(f"entropy: {error}", file=sys.stderr)
-    return 2
+  except layout.CheckpointError as error:
+    raise ValueError(str(error)) from None
+  if loaded.tokenizer is not None:
+    raise ValueError(
+      f"{args.workdir} holds a model of tokens; entropies need one of bytes."
+    )
+  context_N, bits_N = model_entropies(loaded, documents)
+  table = fit(context_N, bits_N, args.bytes_per_segment, args.mode)
+  table.save(args.output)
   of_model = _values(np.rint(bits_N * STEPS_PER_BIT).astype(int), args.mode)
   wanted_N = of_model > _threshold(of_model, args.bytes_per_segment)
   entropy_N = table.blocks[table.index[context_N >> 8], context_N & 0xFF]
@@ -82,7 +87,6 @@ def main(argv: list[str] | None = None) -> int:
     "rule": f"entropy@{args.output}",
   }
   print(json.dumps(result))
-  return 0
 
 
 if __name__ == "__main__":

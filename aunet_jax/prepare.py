@@ -10,7 +10,8 @@
 Training reads every kind of source by itself; prepare once where many runs
 share a corpus, where documents lie in an order (by site, by date) that should
 be broken up, or where a Hugging Face dataset should be on disk (--input=
-hf:NAME or hf:NAME:SPLIT, streamed; needs `pip install datasets`).
+hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, streamed; needs the extra `hf`).
+docs/data.md has the table of what is read, and how.
 
 The output directory holds train/*.arrayrecord and heldout/*.arrayrecord, a
 record being the bytes of a document, and index.json: documents and bytes of
@@ -23,8 +24,9 @@ import argparse
 import json
 import sys
 
-from aunet_jax.data import planner, sources
-from aunet_jax.data.shards import _SAMPLE_ROWS, __doc__, sample, write
+from aunet_jax import terminal
+from aunet_jax.data import planner, reading, sources
+from aunet_jax.data.shards import SAMPLE_ROWS, log, write
 from aunet_jax.splitting.splitter import Splitter
 
 
@@ -39,7 +41,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     "--input",
     required=True,
     help="files, directories, globs or URLs, joined by commas; 'python' for "
-    "the text that ships with Python; hf:NAME[:SPLIT] for a dataset",
+    "the text that ships with Python; hf:NAME[:[CONFIG:]SPLIT] for a dataset",
   )
   add("--output", help="directory to make; must not exist")
   add(
@@ -58,7 +60,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     "--plan", action="store_true", help="only recommend capacities, from a "
     "sample of the input",
   )  # fmt: skip
-  add("--text_field", default="text", help="of JSON objects and table rows")
+  add(
+    "--text_field",
+    default="text",
+    help="of JSON objects and table rows; a.b goes inside",
+  )
+  add(
+    "--separator",
+    help="between the documents of a text file: line, blank_line or any "
+    "string (default: a file is a document)",
+  )
   add(
     "--heldout_fraction",
     type=float,
@@ -76,13 +87,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     "--max_skip_fraction",
     type=float,
     default=0.01,
-    help="of records; more bad ones are an error",
+    help="of records, and of bytes of text; more that is lost is an error",
   )
   args = parser.parse_args(argv)
   if not args.plan and not args.output:
     parser.error("give --output=DIR, or --plan to write nothing.")
   if not 0 <= args.heldout_fraction < 1:
     parser.error(f"--heldout_fraction={args.heldout_fraction} not in [0, 1).")
+  if args.separator == "":
+    parser.error('--separator="" cannot separate; give a string.')
   if args.shard_bytes < 1:
     parser.error(f"--shard_bytes={args.shard_bytes} must be >= 1.")
   return args
@@ -101,23 +114,26 @@ def show_plan(plan: planner.Plan, rules: list[str]) -> str:
   return "\n".join(lines)
 
 
+@terminal.command
 def main(argv: list[str] | None = None) -> None:
   args = _parse(argv)
   rules = [rule for rule in args.rules.split(",") if rule]
-  try:
-    splitter = Splitter(rules)
-    if args.plan:
-      files, _ = sources.list_sources(args.input)
-      documents = sample(files, args.text_field, _SAMPLE_ROWS * args.row_bytes)
-      plan = planner.recommend(documents, splitter, args.row_bytes)
-      print(show_plan(plan, rules))
-    else:
-      index = write(args, splitter, rules)
-      print(json.dumps(index))
-  except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  splitter = Splitter(rules)
+  if args.plan:
+    skips = reading.SkipLog(log)
+    texts = sources.sample(
+      args.input,
+      args.text_field,
+      SAMPLE_ROWS * args.row_bytes,
+      skips.add,
+      args.separator,
+    )
+    skips.finish()
+    plan = planner.recommend(texts, splitter, args.row_bytes)
+    print(show_plan(plan, rules))
+  else:
+    print(json.dumps(write(args, splitter, rules)))
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -25,7 +25,7 @@ deeper stages. Rules:
   tokens@FILE  tokens of a vocabulary (tokenizer.json or .tiktoken), causally
   MODULE:NAME  your own; see docs/splitting.md
 
-Files may be plain text, JSONL, Parquet, ArrayRecord, compressed or not, a
+Files may be of any kind that docs/data.md names, compressed or not, a
 directory, a glob, or "python" for the text that ships with Python. Without
 one, standard input is read.
 """
@@ -36,7 +36,8 @@ import os
 import sys
 from collections.abc import Iterator
 
-from aunet_jax.data import planner, sources
+from aunet_jax import terminal
+from aunet_jax.data import planner, reading, sources
 from aunet_jax.data.planner import statistics
 from aunet_jax.splitting import view
 from aunet_jax.splitting.splitter import Splitter
@@ -82,6 +83,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     help="longest segments of stage 2 to print with --stats (default: 5)",
   )
   add("--text_field", default="text", help="of JSON objects and table rows")
+  add("--separator", help="between documents of a text file; see docs/data.md")
   add(
     "--color",
     choices=("auto", "always", "never"),
@@ -110,15 +112,11 @@ def _documents(args: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
       print("reading standard input; Ctrl-D ends it", file=sys.stderr)
     yield "standard input", sys.stdin.buffer.read()
     return
-  for source in sources.list_sources(args.files)[0]:
-    for record in sources.read_source(source, args.text_field):
-      if isinstance(record, sources.Document):
-        yield record.name, record.text
-      elif record.reason != "empty":
-        print(
-          f"split: skipped {record.where}: {record.reason}: {record.detail}",
-          file=sys.stderr,
-        )
+  skips = reading.SkipLog(reading.log_to_stderr)
+  yield from sources.documents(
+    args.files, args.text_field, None, skips.add, args.separator
+  )
+  skips.finish()
 
 
 def table(found: dict) -> list[list[str]]:
@@ -220,25 +218,18 @@ def _show(args: argparse.Namespace, splitter: Splitter) -> None:
     print(f"stage {row[0]}: {row[2]} segments of {row[3]} bytes on average")
 
 
-def main(argv: list[str] | None = None) -> int:
+@terminal.command
+def main(argv: list[str] | None = None) -> None:
   args = _parse(argv)
   rules = [rule for rule in args.rule.split(",") if rule]
-  try:
-    splitter = Splitter(rules)
-    if args.stats or args.json:
-      found = statistics(
-        _documents(args), splitter, rules, args.row_bytes, args.longest
-      )
-      print(_as_json(found) if args.json else report(found))
-    else:
-      _show(args, splitter)
-    sys.stdout.flush()
-  except BrokenPipeError:  # the reader of our output has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except (ValueError, OSError) as error:
-    print(f"split: {error}", file=sys.stderr)
-    return 2
-  return 0
+  splitter = Splitter(rules)
+  if args.stats or args.json:
+    found = statistics(
+      _documents(args), splitter, rules, args.row_bytes, args.longest
+    )
+    print(_as_json(found) if args.json else report(found))
+  else:
+    _show(args, splitter)
 
 
 if __name__ == "__main__":

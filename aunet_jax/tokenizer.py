@@ -16,21 +16,15 @@ special tokens in a text are text.
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from aunet_jax.data import sources
-from aunet_jax.data.tokenizer import Tokenizer, __doc__, train
+from aunet_jax import terminal
+from aunet_jax.data import reading, sources
+from aunet_jax.data.tokenizer import Tokenizer, train
 
 
-def _documents(paths: str, text_field: str) -> Iterator[bytes]:
-  for file in sources.list_sources(paths)[0]:
-    for record in sources.read_source(file, text_field):
-      if isinstance(record, sources.Document):
-        yield record.text
-
-
-def main(argv: list[str] | None = None) -> int:
+@terminal.command
+def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="python -m aunet_jax.tokenizer",
     description=__doc__,
@@ -41,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
   add("--data", required=True, help="text to learn from, as config.data.train")
   add("--vocab_size", type=int, default=4096, help="tokens (default 4096)")
   add("--output", required=True, type=Path, help="the tokenizer.json to write")
-  add("--text_field", default="text", help="of JSONL and Parquet records")
+  add("--text_field", default="text", help="as config.data.text_field")
+  add("--separator", help="as config.data.separator")
   add(
     "--max_bytes",
     type=int,
@@ -49,24 +44,29 @@ def main(argv: list[str] | None = None) -> int:
     help="text to learn from at most, from the start (default 100 MB)",
   )
   args = parser.parse_args(argv)
-  try:
-    if args.max_bytes < 1:
-      raise ValueError(f"--max_bytes={args.max_bytes} must be positive.")
-    documents = _documents(args.data, args.text_field)
-    made = train(documents, args.vocab_size, args.max_bytes)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(made)
-    first = next(_documents(args.data, args.text_field))[:1_000_000]
-    tokenizer = Tokenizer(args.output)
-  except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  if args.max_bytes < 1:
+    raise ValueError(f"--max_bytes={args.max_bytes} must be positive.")
+  skips = reading.SkipLog(reading.log_to_stderr)
+  first = b""
+
+  def texts():
+    nonlocal first
+    for document in sources.documents(
+      args.data, args.text_field, args.max_bytes, skips.add, args.separator
+    ):
+      first = first or document.text[:1_000_000]
+      yield document.text
+
+  made = train(texts(), args.vocab_size)
+  skips.finish()
+  args.output.parent.mkdir(parents=True, exist_ok=True)
+  args.output.write_text(made)
+  tokenizer = Tokenizer(args.output)
   print(
     f"{args.output}: {tokenizer.size:,} tokens, hash {tokenizer.hash}, "
     f"{len(first) / len(tokenizer.encode(first)):.2f} bytes a token in the "
     f"first document; model.vocab_size={tokenizer.vocab_size}"
   )
-  return 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import time
 import numpy as np
 
 from aunet_jax import config
-from aunet_jax.data import planner, shards, sources
+from aunet_jax.data import planner, sources
 from aunet_jax.data.loader import make_loader, open_corpora
 from aunet_jax.splitting.splitter import Splitter
 from benchmarks import measure
@@ -272,11 +272,13 @@ def main() -> None:
     "memory": None,
   }
   try:
-    listed = {path: sources.list_sources(path)[0] for path in inputs}
+    listed = {
+      path: sources.sample(path, "text", args.max_bytes, lambda skip: None)
+      for path in inputs
+    }
   except ValueError as error:
     parser.error(str(error))
-  for path, files in listed.items():
-    documents = shards.sample(files, "text", args.max_bytes)
+  for path, documents in listed.items():
     print(f"{path}: {sum(map(len, documents)) / 1e6:.1f} MB", file=sys.stderr)
     for rules in RULES:
       if args.only in (None, "fill"):

@@ -83,15 +83,8 @@ def best_seconds(work, repeats: int, clock=time.perf_counter) -> float:
 
 
 def read(paths: str, limit: int) -> list[bytes]:
-  documents, total = [], 0
-  for source in sources.list_sources(paths)[0]:
-    for record in sources.read_source(source, "text"):
-      if isinstance(record, sources.Document):
-        documents.append(record.text[: limit - total])
-        total += len(documents[-1])
-      if total >= limit:
-        return documents
-  return documents
+  found = sources.documents(paths, "text", limit, on_skip=lambda skip: None)
+  return [document.text for document in found]
 
 
 def bulk(splitter, documents, rules, repeats) -> dict:

@@ -153,7 +153,9 @@ def _build(
       )
       for name in ("train", "heldout")
     }
-    for record in reading.read_all(files, skips, cfg.text_field, tally, log):
+    for record in reading.read_all(
+      files, skips, cfg.text_field, tally, log, cfg.separator
+    ):
       digest = reading.document_digest(record.text)
       held = reading.is_heldout(digest, heldout_fraction)
       writer = writers["heldout" if held else "train"]
@@ -186,7 +188,7 @@ def _open_stores(
   files, skips = sources.list_sources(paths)
   identity = [
     store.FORMAT,
-    [dataclasses.astuple(file) for file in files],
+    [file.identity() for file in files],
     splitter.hash,
     list(capacities),
     cfg.text_field,
@@ -195,6 +197,8 @@ def _open_stores(
   ]
   if tokenizer is not None:
     identity.append(tokenizer.hash)
+  if cfg.separator is not None:
+    identity.append(["separator", cfg.separator])
   key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8)
   final = cache_dir / key.hexdigest()
   cache_dir.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ does not change with the order, the number or the names of files.
 import hashlib
 import json
 import pathlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,41 +20,126 @@ _PROGRESS_SECONDS = 5.0
 _EARLY_RECORDS = 1000  # records after which too many bad ones stop a build
 
 
-_NOT_BAD = ("empty", "duplicate path")  # skipped, but no sign of bad data
+def log_to_stderr(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
-class Tally:
-  """Counts skipped records, says where they stand, stops at too many."""
+def printable(text: str) -> str:
+  """A file's name or the like, with what no terminal shows as escapes."""
+  return "".join(
+    c
+    if c.isprintable()
+    else c.encode("unicode_escape", "surrogatepass").decode()
+    for c in text
+  )
 
-  def __init__(self, path: pathlib.Path, max_fraction: float, log):
+
+class SkipLog:
+  """Counts skipped records, and logs the first ones of every reason."""
+
+  def __init__(self, log):
     self.counts = Counter()
-    self.num_good = 0
-    self._max_fraction = max_fraction
+    self.examples = []
     self._log = log
-    self._file = open(path, "w")
-    self._examples = []
 
   def add(self, skip: sources.Skip) -> None:
     self.counts[skip.reason] += 1
-    self._file.write(json.dumps(skip._asdict()) + "\n")
-    if skip.reason in _NOT_BAD:
+    if skip.reason in sources.HARMLESS:
       return
     if self.counts[skip.reason] <= 3:
-      line = f"{skip.where}: {skip.reason}: {skip.detail}"
+      line = printable(f"{skip.where}: {skip.reason}: {skip.detail}")
       self._log(f"skipped {line}")
-      self._examples.append(line)
+      self.examples.append(line)
+
+  def summary(self) -> str:
+    """As "2 empty, 1 malformed JSON"."""
+    return ", ".join(f"{count:,} {why}" for why, count in self.counts.items())
+
+  def finish(self) -> None:
+    """Logs the counts, where anything was lost."""
+    if self.examples:
+      self._log(f"skipped in all: {self.summary()}")
+
+
+class Tally(SkipLog):
+  """Counts skipped records, says where they are, stops at too many.
+
+  Too many are those above `max_fraction` of the records, or of the bytes of
+  text. What is missing from a file that ends early or cannot be opened is
+  estimated as what the undamaged files of its kind that hold more than was read
+  of it hold more, on average, or from its size.
+  """
+
+  def __init__(self, path: pathlib.Path, max_fraction: float, log):
+    super().__init__(log)
+    self.num_good = self.num_bytes = 0
+    self._max_fraction = max_fraction
+    self._lost_bytes = 0  # as far as it is known
+    self._short = []  # (kind, bytes stored, text read) of files that end early
+    self._complete = {}  # kind: (bytes stored, bytes of text) of every file
+    self._file = open(path, "w")
+
+  def add(self, skip: sources.Skip) -> None:
+    super().add(skip)
+    self._file.write(json.dumps(skip._asdict()) + "\n")
+    self._lost_bytes += skip.lost_bytes or 0
     if self.num_good + self.counts.total() >= _EARLY_RECORDS:
-      self.check()
+      self._check_records()
+
+  def add_file(
+    self, kind, stored_bytes: int, num_bytes: int, ends_early: bool
+  ) -> None:
+    """Takes in that a file gave `num_bytes` of text.
+
+    Args: kind: what makes files alike. ends_early: more is lost than `add` was
+      told.
+    """
+    if ends_early:
+      self._short.append((kind, stored_bytes, num_bytes))
+    else:
+      self._complete.setdefault(kind, []).append((stored_bytes, num_bytes))
+
+  def _estimate(self, kind, stored_bytes: int, num_bytes: int) -> int:
+    """Text that is missing from a file that gave `num_bytes`."""
+    alike = self._complete.get(kind) or sum(self._complete.values(), [])
+    larger = [size - num_bytes for _, size in alike if size > num_bytes]
+    missing = sum(larger) // len(larger) if larger else num_bytes
+    stored, text = map(sum, zip(*alike)) if alike else (1, 1)  # noqa: B905
+    return max(missing, stored_bytes * text // max(stored, 1) - num_bytes)
 
   def check(self) -> None:
-    bad = sum(n for why, n in self.counts.items() if why not in _NOT_BAD)
+    """Raises: ValueError where too much was skipped."""
+    self._check_records()
+    lost = sum(self._estimate(*short) for short in self._short)
+    self._check_bytes(self._lost_bytes + lost, 0)
+
+  def check_early(self, expected_bytes: int) -> None:
+    """As `check`, for what is known before all of `expected_bytes` are read."""
+    self._check_bytes(self._lost_bytes, expected_bytes)
+
+  def _check_bytes(self, lost: int, expected_bytes: int) -> None:
+    total = max(lost + self.num_bytes, expected_bytes)
+    if lost > self._max_fraction * total:
+      raise ValueError(
+        f"about {lost:,} of {total:,} bytes of text are lost, more than "
+        f"{self._remedy()}"
+      )
+
+  def _check_records(self) -> None:
+    bad = sum(
+      n for why, n in self.counts.items() if why not in sources.HARMLESS
+    )
     if bad > self._max_fraction * (bad + self.num_good):
       raise ValueError(
         f"{bad} of {bad + self.num_good} records cannot be used, more than "
-        f"data.max_skip_fraction={self._max_fraction} allows. Repair the "
-        "data or raise the setting. First ones:\n  "
-        + "\n  ".join(self._examples)
+        f"{self._remedy()}"
       )
+
+  def _remedy(self) -> str:
+    return (
+      f"data.max_skip_fraction={self._max_fraction} allows. Repair the "
+      "data or raise the setting. First ones:\n  " + "\n  ".join(self.examples)
+    )
 
   def __enter__(self):
     return self
@@ -98,23 +184,36 @@ def read_all(
   text_field: str,
   tally: Tally,
   log,
+  separator: str | None = None,
 ) -> Iterator[sources.Document]:
   """Every document once, in order; the rest goes to `tally`.
 
   Raises: ValueError, at the latest at the end, where `tally` has too many.
   """
-  progress = _Progress(sum(file.size for file in files), log)
+  total = sum(file.size for file in files)
+  progress = _Progress(total, log)
   for skip in skips:
     tally.add(skip)
-  done = num_bytes = 0
+    if skip.lost_bytes is None:  # a directory
+      tally.add_file(None, 0, 0, ends_early=True)
+  done = 0
   for file in files:
-    for record in sources.read_source(file, text_field):
+    before, ends_early = tally.num_bytes, False
+    for record in sources.read_source(file, text_field, separator):
       if isinstance(record, sources.Skip):
         tally.add(record)
+        ends_early |= record.lost_bytes is None
         continue
+      num_bytes = len(record.text)
       yield record
+      del record
       tally.num_good += 1
-      num_bytes += len(record.text)
-      progress.show(done, num_bytes, tally.num_good)
+      tally.num_bytes += num_bytes
+      progress.show(done, tally.num_bytes, tally.num_good)
     done += file.size
+    read = tally.num_bytes - before
+    kind = file.kind, file.compression
+    tally.add_file(kind, file.size, read, ends_early)
+    if done:
+      tally.check_early(tally.num_bytes * total // done)
   tally.check()

@@ -6,43 +6,15 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 
 import numpy as np
 
 from aunet_jax.data import planner, reading, sources
+from aunet_jax.data.reading import log_to_stderr as log
 
-_SAMPLE_ROWS = 2000  # rows of text that a plan is made from
-
-
-def log(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
-
-
-# ----- the plan -------------------------------------------------------------
-
-
-def sample(
-  files: list[sources.Source], field: str, num_bytes: int
-) -> list[bytes]:
-  """Documents from the start of files spread over the input."""
-  order = np.random.default_rng(0).permutation(len(files))
-  share = max(num_bytes // len(files), num_bytes // 100)
-  documents, total = [], 0
-  for index in order:
-    taken = 0
-    for record in sources.read_source(files[index], field):
-      if isinstance(record, sources.Document):
-        documents.append(record.text[: share - taken])
-        taken += len(documents[-1])
-      if taken >= share:
-        break
-    total += taken
-    if total >= num_bytes:
-      break
-  return documents
+SAMPLE_ROWS = 2000  # rows of text that a plan is made from
 
 
 # ----- the shards -----------------------------------------------------------
@@ -153,7 +125,9 @@ def _write_into(
     counters = {
       name: planner.SegmentCounter(splitter.num_levels) for name in splits
     }
-    for record in reading.read_all(files, skips, args.text_field, tally, log):
+    for record in reading.read_all(
+      files, skips, args.text_field, tally, log, args.separator
+    ):
       digest = reading.document_digest(record.text)
       held = reading.is_heldout(digest, args.heldout_fraction)
       name = "heldout" if held else "train"
@@ -183,7 +157,7 @@ def _write_into(
       }
     index["plan"] = None
     if sum(train.sizes) >= planner.MIN_ROWS * args.row_bytes:
-      documents = train.sample(_SAMPLE_ROWS * args.row_bytes, args.seed)
+      documents = train.sample(SAMPLE_ROWS * args.row_bytes, args.seed)
       plan = planner.recommend(documents, splitter, args.row_bytes)
       index["plan"] = dataclasses.asdict(plan)
   for split in splits.values():

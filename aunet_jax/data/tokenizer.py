@@ -1,12 +1,5 @@
 """A byte-level BPE tokenizer, for the baseline that reads tokens.
 
-  python -m aunet_jax.tokenizer --data='books/*.txt' --vocab_size=4096 \\
-      --output=tokenizer.json
-
-The same text gives the same file, byte for byte. A run then reads tokens with
-`data.tokenizer=tokenizer.json`, `model.vocab_size` two more than the
-tokenizer's (BOS and EOS stand behind its tokens) and one stage.
-
 Tokens are exact: those of a document, joined, are its bytes, which `encode`
 checks. BPE tokenizers read text, so bytes that are not valid UTF-8 are cut out
 first and stand as the tokens of single bytes, which every byte-level vocabulary
@@ -133,18 +126,15 @@ class Tokenizer:
 # ----- making one -----------------------------------------------------------
 
 
-def _spans(documents: Iterable[bytes], max_bytes: int) -> Iterator[str]:
-  """Valid text of documents until they have given `max_bytes`."""
+def _spans(documents: Iterable[bytes]) -> Iterator[str]:
+  """Valid text of documents."""
   for text in documents:
-    text, max_bytes = text[:max_bytes], max_bytes - len(text)
     yield from filter(
       None, _INVALID.split(text.decode("utf-8", "surrogateescape"))[::2]
     )
-    if max_bytes <= 0:
-      return
 
 
-def train(documents: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
+def train(documents: Iterable[bytes], vocab_size: int) -> str:
   """A tokenizer.json of `vocab_size` tokens, without special ones.
 
   Byte-level BPE over words as GPT-2 cuts them. Depends on the text alone.
@@ -165,7 +155,7 @@ def train(documents: Iterable[bytes], vocab_size: int, max_bytes: int) -> str:
     special_tokens=[],
     initial_alphabet=sorted(byte_level_alphabet()),
   )
-  made.train_from_iterator(_spans(documents, max_bytes), trainer)
+  made.train_from_iterator(_spans(documents), trainer)
   if made.get_vocab_size() < vocab_size:
     raise ValueError(
       f"the text has {made.get_vocab_size()} tokens, fewer than "

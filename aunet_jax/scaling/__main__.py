@@ -295,16 +295,6 @@ def _parser() -> argparse.ArgumentParser:
 # ----- plan -----------------------------------------------------------------
 
 
-def _absolute(paths: str | None) -> str | None:
-  """Files by absolute paths, so that a study can be run from anywhere."""
-  if paths is None:
-    return None
-  return ",".join(
-    part if part == "python" or sources.is_url(part) else os.path.abspath(part)
-    for part in paths.split(",")
-  )
-
-
 def plan(args: argparse.Namespace) -> None:
   """Shows a plan; writes it where a directory is given."""
   for name in ("ratio", "flops_per_second", "price_per_hour"):
@@ -313,11 +303,18 @@ def plan(args: argparse.Namespace) -> None:
       raise ValueError(f"--{name}={value} must be above 0.")
   if args.study is not None and args.data is None:
     raise ValueError("--data is missing: name the text the study trains on.")
-  data = _absolute(args.data)
+  data = sources.absolute(args.data)
   tokenizer = None
   if args.tokenizer is not None:
     tokenizer = Tokenizer(os.path.abspath(args.tokenizer))
-  sample = Sample(data, args.row_bytes, tokenizer)
+  set_fields = dict(item.split("=", 1) for item in args.set if "=" in item)
+  sample = Sample(
+    data,
+    args.row_bytes,
+    tokenizer,
+    set_fields.get("data.text_field", "text"),
+    set_fields.get("data.separator"),
+  )
   path = getattr(args, "laws", None)
   grid = plan_lib.Grid(
     models=args.models.split(","),
@@ -330,7 +327,9 @@ def plan(args: argparse.Namespace) -> None:
     learning_rates=args.learning_rates,
     own_laws={} if path is None else plan_lib.read_laws(path),
   )
-  settings = plan_lib.Settings(data, _absolute(args.heldout), tuple(args.set))
+  settings = plan_lib.Settings(
+    data, sources.absolute(args.heldout), tuple(args.set)
+  )
   planned = plan_lib.make_runs(grid, sample, settings.apply)
   speed = args.flops_per_second
   if args.calibrate:

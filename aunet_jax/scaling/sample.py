@@ -7,7 +7,7 @@ import math
 import os
 
 from aunet_jax.config import ModelConfig
-from aunet_jax.data import packing, planner, shards, sources
+from aunet_jax.data import packing, planner, reading, sources
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.scaling import laws
 from aunet_jax.splitting.splitter import Splitter
@@ -19,7 +19,7 @@ class Sample:
   """Text of the corpus, to fit capacities to it. Without text, the paper's.
 
   Args: paths: as data.train. row_bytes: positions of a row. tokenizer: of the
-    models that read tokens.
+    models that read tokens. text_field, separator: as those of data.
   Attributes: bytes_per_token: of this text; without text, the paper's.
   Raises: ValueError for paths without text, or too little of it.
   """
@@ -29,15 +29,20 @@ class Sample:
     paths: str | None,
     row_bytes: int,
     tokenizer: Tokenizer | None = None,
+    text_field: str = "text",
+    separator: str | None = None,
   ):
     self.row_bytes, self.documents = row_bytes, None
     self.tokenizer, self.bytes_per_token = tokenizer, laws.BYTES_PER_TOKEN
     self.fingerprint = None
     self._known = {}
     if paths is not None:
-      files, _ = sources.list_sources(paths)
+      skips = reading.SkipLog(reading.log_to_stderr)
       self.fingerprint = fingerprint(paths)
-      self.documents = shards.sample(files, "text", SAMPLE_ROWS * row_bytes)
+      self.documents = sources.sample(
+        paths, text_field, SAMPLE_ROWS * row_bytes, skips.add, separator
+      )
+      skips.finish()
     if tokenizer is not None and self.documents is not None:
       self._tokens = [tokenizer.encode(text) for text in self.documents]
       self.bytes_per_token = sum(map(len, self.documents)) / sum(

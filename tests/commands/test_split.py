@@ -181,7 +181,7 @@ def test_standard_input(args, capsys, monkeypatch):
 )
 def test_what_cannot_be_done_is_said(args, message, capsys):
   code, _, err = run(capsys, *args)
-  assert code == 2 and message in err and err.startswith("split: ")
+  assert code == 2 and message in err and err.startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -17,20 +17,17 @@ import textwrap
 import pytest
 
 from aunet_jax.data import sources
+from aunet_jax.data.compression import zstd
 
 TEXTS = ["The first.", "Zweitens: größer\n", "第三", "4 \ud800 lone"]
 BYTES = [text.encode("utf-8", "surrogatepass") for text in TEXTS]
 JSONL = b"".join(json.dumps({"text": t}).encode() + b"\n" for t in TEXTS)
 
 
-def _zstd(data):
-  return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
-
-
 COMPRESS = {
   "": bytes,
   ".gz": gzip.compress,
-  ".zst": _zstd,
+  ".zst": zstd.compress,
   ".xz": lzma.compress,
   ".bz2": bz2.compress,
 }
@@ -73,7 +70,7 @@ def test_a_text_file_is_one_document_of_its_bytes(tmp_path, suffix):
 
 def test_zstd_files_may_hold_several_frames(tmp_path):
   path = tmp_path / "a.jsonl.zst"
-  path.write_bytes(_zstd(JSONL[:30]) + _zstd(JSONL[30:]))
+  path.write_bytes(zstd.compress(JSONL[:30]) + zstd.compress(JSONL[30:]))
   assert _read(str(path)) == (BYTES, [])
 
 
@@ -293,7 +290,7 @@ def test_a_file_deleted_between_listing_and_reading(tmp_path):
 
 def test_a_dangling_link_and_an_archive_are_skips(tmp_path):
   (tmp_path / "a.txt").symlink_to(tmp_path / "nowhere")
-  (tmp_path / "b.tar.gz").write_bytes(b"x")
+  (tmp_path / "b.zip").write_bytes(b"x")
   (tmp_path / "c.txt").write_text("text")
   texts, skips = _read(str(tmp_path))
   assert texts == [b"text"]

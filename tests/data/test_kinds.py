@@ -1,0 +1,249 @@
+"""Kinds by name and by first bytes; fields inside records."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+
+import pytest
+
+from aunet_jax.data import compression, kinds, sources
+
+ROWS = b"".join(
+  json.dumps({"text": f"document {n}"}).encode() + b"\n" for n in range(3)
+)
+
+
+def _short(parameter):
+  """Bytes are no names of tests; a gzip file's hold the time, too."""
+  return "data" if isinstance(parameter, bytes) else None
+
+
+DOCUMENTS = [b"document 0", b"document 1", b"document 2"]
+
+
+def _read(path, field="text"):
+  files, skips = sources.list_sources(str(path))
+  texts = []
+  for file in files:
+    for record in sources.read_source(file, field):
+      if isinstance(record, sources.Skip):
+        skips.append(record)
+      else:
+        texts.append(record.text)
+  return texts, skips
+
+
+@pytest.mark.parametrize(
+  "name, expected",
+  [
+    ("a.jsonl", ("jsonl", None)),
+    ("A.JSONL.GZ", ("jsonl", ".gz")),
+    ("c4.json.gz", ("jsonl", ".gz")),
+    ("c4.json", ("text", None)),
+    ("a.jsonl.zstd", ("jsonl", ".zst")),
+    ("a.jsonl.gzip", ("jsonl", ".gz")),
+    ("a.txz", ("tar", ".xz")),
+    ("a.tar.bz2", ("tar", ".bz2")),
+    ("https://host/a.jsonl.zst?download=true", ("jsonl", ".zst")),
+    ("a.parquet?download=true#x", ("parquet", None)),
+    ("CC-MAIN.warc.wet.gz", ("warc", ".gz")),
+    ("what?.txt", ("text", None)),
+    ("README", ("text", None)),
+    ("gzip", ("text", None)),
+  ],
+)
+def test_names(name, expected):
+  assert kinds.by_name(name) == expected
+
+
+@pytest.mark.parametrize(
+  "name, data",
+  [
+    ("a.jsonl.zstd", compression.zstd.compress(ROWS)),
+    ("a.jsonl.gzip", gzip.compress(ROWS)),
+    ("a.jsonl.lzma", lzma.compress(ROWS, lzma.FORMAT_ALONE)),
+    ("a.tbz2", bz2.compress(ROWS)),
+    ("a.txt", gzip.compress(ROWS)),
+    ("twice.jsonl.gz", gzip.compress(gzip.compress(ROWS))),
+    ("a.jsonl.gz", ROWS),  # a server that decompressed what it sent
+    ("a.jsonl.gz", bz2.compress(ROWS)),
+    ("a.jsonl?download=true", ROWS),
+    ("a.json", ROWS),
+    ("a.json", b"\n\xef\xbb\xbf{bad\n" + ROWS),
+    ("a", ROWS),
+  ],
+  ids=_short,
+)
+def test_mislabelled_files_are_read_for_what_they_are(tmp_path, name, data):
+  (tmp_path / name).write_bytes(data)
+  texts, skips = _read(tmp_path / name)
+  assert texts == DOCUMENTS
+  assert [s.reason for s in skips] == ["malformed JSON"] * (b"{bad" in data)
+
+
+@pytest.mark.parametrize(
+  "name, data, reason",
+  [
+    ("book.epub", b"PK\x03\x04....", "unsupported archive"),
+    ("a.txt", b"7z\xbc\xaf\x27\x1c..", "unsupported archive"),
+    ("paper.pdf", b"%PDF-1.7\n\x80 mostly text", "not text"),
+    ("paper.txt", b"%PDF-1.7\n\x80 mostly text", "not text"),
+    ("a.png", b"\x89PNG\r\n\x1a\n....", "not text"),
+    ("a.jsonl", b"\x89PNG\r\n\x1a\n....", "not text"),
+    ("a.bin", bytes(range(256)), "not text"),
+    ("a.txt.gz", gzip.compress(bytes(range(256))), "not text"),
+    ("model", b"weights" + bytes(8) + b"and names", "not text"),
+    ("a.txt.lz4", b"\x04\x22\x4d\x18....", "unsupported compression"),
+  ],
+  ids=_short,
+)
+def test_what_is_no_text_is_a_counted_skip(tmp_path, name, data, reason):
+  (tmp_path / name).write_bytes(data)
+  texts, skips = _read(tmp_path / name)
+  assert texts == [] and [skip.reason for skip in skips] == [reason]
+  if reason == "not text":
+    assert "text:PATH" in skips[0].detail
+    inside = gzip.decompress(data) if name.endswith(".gz") else data
+    assert _read(f"text:{tmp_path / name}") == ([inside], [])
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    b"Plain text.\n",
+    "größer, 第三".encode(),
+    "größer".encode("latin-1"),
+    "第三".encode("gb18030"),
+    "UTF-16".encode("utf-16"),
+    b"one zero \x00 in a line of text",
+    b"\x1b[31mred\x1b[0m\x07\x08\f",
+    b"BM, MZ and ORC are letters. PK too, and PAR: Rar!",
+    b'{"name": "x"}',  # one object without the field
+    b'{\n  "text": "pretty"\n}\n',
+    b'{"a": 1} is an object\n{"b": 2} too',
+  ],
+  ids=_short,
+)
+def test_text_is_text(tmp_path, text):
+  (tmp_path / "a.txt").write_bytes(text)
+  assert _read(tmp_path / "a.txt") == ([text], [])
+
+
+def test_a_pointer_says_how_much_is_missing(tmp_path):
+  pointer = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+  )
+  for name in ("a.txt", "a.parquet", "a.jsonl"):
+    (tmp_path / name).write_bytes(pointer)
+    texts, (skip,) = _read(tmp_path / name)
+    assert texts == [] and skip.reason == "pointer to a file"
+    assert skip.lost_bytes == 12345
+
+
+def test_a_lone_json_object_is_a_record_if_it_has_the_field(tmp_path):
+  (tmp_path / "a.json").write_text('{"text": "document"}')
+  assert _read(tmp_path / "a.json") == ([b"document"], [])
+  assert _read(tmp_path / "a.json", "body")[0] == [b'{"text": "document"}']
+
+
+def test_a_long_first_line_is_json_all_the_same(tmp_path):
+  long = "x" * (compression.BLOCK + 10)
+  lines = [json.dumps({"text": long}), json.dumps({"text": "short"})]
+  (tmp_path / "a.json").write_text("\n".join(lines))
+  assert _read(tmp_path / "a.json") == ([long.encode(), b"short"], [])
+
+
+# ----- JSON and fields ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "beside",
+  [
+    b"9" * 5000,
+    b"-" + b"9" * 100_000,
+    b"1e99999",
+    b"[" * 100_000 + b"]" * 100_000,
+    b'{"a":' * 50_000 + b'"]{"' + b"}" * 50_000,
+  ],
+  ids=["5000 digits", "100000 digits", "float", "lists", "objects"],
+)
+def test_what_is_beside_the_text_does_not_lose_it(beside):
+  record = b'{"id": ' + beside + b', "text": "fine"}'
+  assert kinds.find(kinds.parse(record), "text") == "fine"
+  with pytest.raises(ValueError):
+    kinds.parse(record[:-1])
+  with pytest.raises(ValueError):
+    kinds.parse(b'{"id": ' + beside[1:] + b', "text": "fine"}]')
+
+
+@pytest.mark.parametrize(
+  "field, expected",
+  [
+    ("a", "A"),
+    ("x.y", "exact"),
+    ("meta.text", "inside"),
+    ("turns.content", ("one", "two")),
+    ("turns.parts.t", ("p", "q")),
+    ("list.*", ("l", "m")),
+    ("meta.list", ("n", None)),
+    ("none.list", ()),
+  ],
+)
+def test_fields(field, expected):
+  record = {
+    "a": "A",
+    "x.y": "exact",
+    "x": {"y": "not this"},
+    "meta": {"text": "inside", "list": ["n", None]},
+    "none": {"list": []},
+    "list": ["l", "m"],
+    "turns": [
+      {"content": "one", "parts": [{"t": "p"}, {"t": "q"}]},
+      {"tool": "no content"},
+      {"content": "two"},
+    ],
+  }
+  assert kinds.find(record, field) == expected
+
+
+@pytest.mark.parametrize("field", ["b", "a.b", "meta.no", "turns.no", "list.x"])
+def test_missing_fields(field):
+  record = {"a": "A", "meta": {}, "turns": [{"x": 1}], "list": ["l"]}
+  with pytest.raises(KeyError):
+    kinds.find(record, field)
+
+
+def test_nested_texts_are_joined_by_lines(tmp_path):
+  records = [
+    {"turns": [{"content": "one"}, {"content": None}, {"content": "zwei ß"}]},
+    {"turns": [{"content": "one"}, {"content": 5}]},
+    {"turns": []},
+    {"turns": "none"},
+  ]
+  path = tmp_path / "a.jsonl"
+  path.write_text("\n".join(map(json.dumps, records)))
+  texts, skips = _read(path, "turns.content")
+  assert texts == ["one\nzwei ß".encode()]
+  assert [skip.reason for skip in skips] == [
+    "text of a wrong type",
+    "empty",
+    "no text field",
+  ]
+
+
+def test_a_stream_that_cannot_seek_is_looked_at_and_read(monkeypatch):
+  from aunet_jax.data import remote
+
+  class Pipe(io.BytesIO):
+    def seekable(self):
+      return False
+
+    def seek(self, *args):
+      raise OSError("no")
+
+  monkeypatch.setattr(remote, "open_stored", lambda path: Pipe(ROWS))
+  source = sources.Source("memory://a", "text", None, len(ROWS), "")
+  texts = [record.text for record in sources.read_source(source, "text")]
+  assert texts == DOCUMENTS
