@@ -457,8 +457,7 @@ def _both(on_text: OnText | None, on_piece: OnPiece | None) -> OnPiece | None:
     return on_piece
 
   def show(row, piece):
-    if piece.text:
-      on_text(row, piece.text)
+    on_text(row, piece.text)
     if on_piece is not None:
       on_piece(row, piece)
 

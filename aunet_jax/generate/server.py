@@ -73,7 +73,6 @@ def make_server(
 class _Handler(BaseHTTPRequestHandler):
   server: Server
   timeout = WRITE_SECONDS
-  # A request line without a version gets a status line too.
   default_request_version = "HTTP/1.0"
 
   # ----- a connection -------------------------------------------------------
@@ -240,6 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
 
   def _begin(self, status, kind, size=None):
     self._begun = True
+    # Whatever version a request claims: HTTP/0.9 would have no status line.
+    self.request_version = self.default_request_version
     self.send_response(status)
     self.send_header("Content-Type", kind)
     if size is not None:

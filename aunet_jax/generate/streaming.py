@@ -140,7 +140,7 @@ def hand_out(
         most_likely(top, b, at % top.byte_BTK.shape[1]) if top else None,
       )
     piece = text.show(bool(done_B[b]))
-    if on_piece is not None and (piece.text or piece.data):
+    if on_piece is not None and piece.text:
       on_piece(b, piece)
 
 

@@ -183,6 +183,8 @@ LOCAL = b"Host: localhost\r\n"
     (b"GET / HTTP/1.1\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\n" + 2 * LOCAL + b"\r\n", 400),
     (b"GET / HTTP/7.0\r\n" + LOCAL + b"\r\n", 400),
+    (b"GET /x HTTP/0.9\r\n" + LOCAL + b"\r\n", 404),
+    (b"GET / HTTP/1.1\rHTTP/0.9\r\n" + LOCAL + b"\r\n", 400),
     (b"GET / FTP/1.0\r\n" + LOCAL + b"\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
     (b"GET / HTTP/1.1\r\nHost: localhost.evil.example\r\n\r\n", 403),

@@ -17,7 +17,7 @@ STOP = st.lists(
   | st.binary(min_size=1, max_size=3)
   | st.text("ab|é中", max_size=3).map(str.encode)
 ).map(lambda texts: [text for text in texts if text])
-CUTS = st.sets(st.integers(0, 40))
+CUTS = st.just(set(range(64))) | st.sets(st.integers(0, 12))
 
 
 def cut_off(data: bytes, stop: list[bytes]) -> tuple[bytes, str]:
@@ -80,6 +80,13 @@ def test_whole_characters_leave_no_part_of_one(prompt, size, data, stop, cuts):
   assert b"".join(piece.data for piece in [*pieces, last]) == result
 
 
+def test_a_stop_string_in_the_prompts_last_character_leaves_nothing():
+  row = RowText([b"\x80"], b"a\xf0", whole_characters=True)
+  pieces, last = feed(row, "😀".encode()[1:], {1, 2})
+  assert not row.data and row.reason == "stop"
+  assert [piece.text for piece in [*pieces, last]] == ["", "", "\ufffd"]
+
+
 def test_the_longest_of_two_stop_strings_is_cut_off():
   for stop in ([b"b|", b"ab|", b"|"], [b"|", b"ab|", b"b|"]):
     row = RowText(stop)
@@ -107,9 +114,24 @@ def test_eos_and_the_end_of_a_call_are_told_apart():
 
   call(2, False, 97, 122)
   assert pieces == [(0, "a")] and row.reason is None
+  call(2, False)  # nothing came, so nothing is shown
+  assert pieces == [(0, "a")]
   call(4, True, 98, EOS)
   assert pieces == [(0, "a"), (0, "zb")] and row.reason == "eos"
   call(4, True, 99)  # a row that has ended gets nothing more
   assert bytes(row.data) == b"azb"
+  # The prompt's last character, which nothing completes, is shown at the end.
+  hand_out(
+    [RowText((), b"\xe4")],
+    output(EOS),
+    np.array([1]),
+    np.array([True]),
+    None,
+    lambda b, piece: pieces.append((b, piece.text)),
+  )
+  assert pieces[2:] == [(0, "\ufffd")]
+  silent = RowText()
+  hand_out([silent], output(97), np.array([1]), np.array([False]), None, None)
+  assert bytes(silent.data) == b"a" and not silent.top_logprobs
   # Bytes 0, 1 and 2 lie at their numbers in the ring.
   assert [list(top) for top in row.top_logprobs] == [[0, 1], [2, 3], [4, 5]]
