@@ -93,7 +93,7 @@ def test_the_last_of_two_values_holds():
     ("model.stages[1].dim=" + "9" * 400, "must be a positive number"),
     ("optimizer.weight_decay=1e400", "weight_decay=inf must be at least 0"),
     ("optimizer.learning_rate=nan", "learning_rate=nan must be a positive"),
-    ("train.sample_prompt=\udcff", "sample_prompt=.* is not text"),
+    ("train.sample_prompt=\ud800", "sample_prompt=.* is not text"),
     ("data.train=None", "data.train=None must be a path"),
   ],
 )

@@ -28,7 +28,7 @@ MAY_IMPORT = {
   "scaling": {"aunet", "splitting", "data", "workdir", "train"},
 }
 # Ground that rooms may stand on; the rest of it are commands over rooms.
-GROUND = {"arrays", "compiled", "config", "files", "terminal"}
+GROUND = {"arrays", "compiled", "config", "files", "settings", "terminal"}
 
 
 def files() -> dict[str, Path]:

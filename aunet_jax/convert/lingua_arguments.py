@@ -49,7 +49,7 @@ def _number(value, name: str, kind: type = int):
 
 
 def _numbers(arguments: Mapping, name: str, count: int, default=None) -> list:
-  """A list of whole numbers of stages; where there is none, `default` of each.
+  """A list of integers, one a stage; `default` where there is none.
 
   null and -1, "no limit" in the official code, become None.
   """

@@ -5,7 +5,7 @@ A byte is answered by two look-ups. The first reads UTF-8:
     (node, byte) -> (next node, symbol)
 
 where a node is what is known of an unfinished character and a symbol says
-what the byte brings: the middle of a character, a whole character of some
+what the byte brings: the middle of a character, the end of one of some
 class, or either one after the news that the bytes before it were no
 character. The second runs all rules of a splitter at once:
 

@@ -188,7 +188,7 @@ def pretok() -> Rule:
   Tokens are up to 16 letters or up to 3 marks that are neither letters nor
   numbers, each with the space before it, if any (after marks, the newlines
   that follow too); up to 3 numbers; and white space, up to its last newline
-  or whole. The cut is at the first character of a token.
+  or to its end. The cut is at the first character of a token.
 
   Which token a white space belongs to can depend on what follows. As in
   `word`, a cut is made where the official code (`pretok` there) makes it

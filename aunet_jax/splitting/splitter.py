@@ -52,8 +52,8 @@ def _run(data, levels, node, row, byte_table, rule_table, fresh, pending):
   return node, row
 
 
-# Rules that run beside the automaton: what stands before the @ of their name,
-# and what makes one of the text after it. A machine has `start`, `scan`,
+# Rules that run beside the automaton: the part of their name before
+# the @, and what makes one of the text after it. A machine has `start`, `scan`,
 # `step` and `hash` as `Vocabulary`.
 MACHINES = {
   "tokens": lambda path: Vocabulary(read_tokens(path)),

@@ -86,7 +86,7 @@ def draw(data: bytes, levels: np.ndarray, colour: bool) -> str:
   """The text for a terminal.
 
   Args: levels: int8, one a byte. colour: with escape sequences; without, the
-    number of the deepest stage stands after each byte that has one.
+    number of the deepest stage follows each byte that has one.
   """
   return "".join(
     _terminal(character.shown, character.level, colour)

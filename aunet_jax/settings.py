@@ -1,0 +1,415 @@
+"""Every setting of a run as frozen dataclasses, each with its unit or source.
+
+Validation lives here, so a config built in Python is checked exactly like one
+from a file or the command line (`config`).
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Iterable, Sequence
+
+BOS = 256  # first input of every document; never a target
+EOS = 257  # last target of every document; never an input
+VOCAB_SIZE = 258  # as the official code (facebookresearch/lingua, apps/aunet)
+UPSAMPLINGS = ("multi_linear", "repeat", "simple")
+REMATS = ("none", "dots", "full")
+ATTENTIONS = ("auto", "xla", "splash", "triton")
+SCHEDULES = ("cosine", "wsd", "constant")
+OPTIMIZERS = ("adamw", "muon")
+DTYPES = ("float32", "bfloat16")
+LARGEST = 2**62  # no setting is above; past it numbers overflow
+
+
+def swiglu_dim(dim: int, multiple_of: int = 256) -> int:
+  """Feed-forward width of the paper's models (Table 9, column FFN).
+
+  Two thirds of 4 * dim, rounded up to a multiple of `multiple_of`.
+  """
+  return -(-int(2 * 4 * dim / 3) // multiple_of) * multiple_of
+
+
+def shown(value) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def hint(name: str, names: Iterable[str]) -> str:
+  close = difflib.get_close_matches(str(name), names, n=1)
+  return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+  if value not in choices:
+    raise ValueError(
+      f"{name}={value!r} must be one of {', '.join(choices)}."
+      f"{hint(value, choices)}"
+    )
+
+
+def _check_positive(name: str, value: int | float) -> None:
+  if not 0 < value <= LARGEST:
+    raise ValueError(f"{name}={shown(value)} must be a positive number.")
+
+
+def _check_range(name: str, value: int | float, low, high=None) -> None:
+  if not low <= value <= (LARGEST if high is None else high):
+    above = f"at least {low}" if high is None else f"{low} to {high}"
+    raise ValueError(f"{name}={shown(value)} must be {above}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+  """One stage of the U-Net. `stages[0]` is the byte stage.
+
+  A stage with a coarser one below it has `num_layers` blocks on its
+  contracting and as many on its expanding path; the deepest has one path.
+  """
+
+  dim: int  # width of the residual stream
+  num_layers: int  # Transformer blocks on each path
+  head_dim: int  # width of one attention head; even, for RoPE
+  window: int | None  # keys a query sees, itself included; None = all
+  capacity: int  # positions of this stage in a row; stage 1: the row length
+  rule: str | None = None  # splitting rule that feeds this stage; stage 1: None
+  num_kv_heads: int | None = None  # None = one per query head (no GQA)
+  ffn_dim: int | None = None  # None = swiglu_dim(dim), as the paper's Table 9
+  skip: bool = True  # add this stage's encoding to its upsampled input
+  remat: str = "none"  # what the backward pass recomputes: none, dots, full
+  attention: str = "auto"  # kernel (`attention.py`); auto: by platform
+
+  def __post_init__(self):
+    for name in ("dim", "num_layers", "head_dim", "capacity"):
+      _check_positive(f"stage {name}", getattr(self, name))
+    for name in ("window", "num_kv_heads", "ffn_dim"):
+      if getattr(self, name) is not None:
+        _check_positive(f"stage {name}", getattr(self, name))
+    if self.dim % self.head_dim:
+      raise ValueError(
+        f"dim={self.dim} must be a multiple of head_dim={self.head_dim}; "
+        f"try dim={-(-self.dim // self.head_dim) * self.head_dim}."
+      )
+    if self.head_dim % 2:
+      raise ValueError(
+        f"head_dim={self.head_dim} must be even: RoPE rotates pairs."
+      )
+    if self.num_heads % self.kv_heads:
+      raise ValueError(
+        f"num_kv_heads={self.num_kv_heads} must divide the "
+        f"{self.num_heads} query heads (dim={self.dim} / "
+        f"head_dim={self.head_dim})."
+      )
+    _check_choice("stage remat", self.remat, REMATS)
+    _check_choice("stage attention", self.attention, ATTENTIONS)
+
+  @property
+  def num_heads(self) -> int:
+    return self.dim // self.head_dim
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+  @property
+  def ffn(self) -> int:
+    return swiglu_dim(self.dim) if self.ffn_dim is None else self.ffn_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """The network. One stage is the flat byte Transformer."""
+
+  stages: tuple[StageConfig, ...]
+  vocab_size: int = VOCAB_SIZE
+  upsampling: str = "multi_linear"  # paper Section 2.1; multi_linear is its own
+  num_offsets: int = 16  # matrices of multi-linear upsampling; offsets wrap
+  parametric: bool = True  # False: pool and upsample without projections
+  rope_theta: float = 500_000.0
+  norm_eps: float = 1e-5
+  head_norm_eps: float | None = None  # before the heads; None = norm_eps
+  document_mask: bool = True  # False: rows are one document (official code)
+  final_norm: bool = True  # False: logits as the official evaluation's
+  level_loss_weight: float = 0.0  # > 0 adds the level head and its loss
+  dtype: str = "bfloat16"  # compute; norms, softmax, logits, loss: float32
+  param_dtype: str = "float32"
+  unroll_layers: bool = False  # True: no loop over layers in the program
+
+  def __post_init__(self):
+    if not self.stages:
+      raise ValueError("model.stages is empty; a model has at least one stage.")
+    if self.stages[0].rule is not None:
+      raise ValueError(
+        f"stage 1 is the byte stage: its rule must be None, "
+        f"not {self.stages[0].rule!r}."
+      )
+    _check_choice("model.upsampling", self.upsampling, UPSAMPLINGS)
+    _check_choice("model.dtype", self.dtype, DTYPES)
+    _check_choice("model.param_dtype", self.param_dtype, DTYPES)
+    _check_positive("model.num_offsets", self.num_offsets)
+    for fine, coarse in zip(self.stages, self.stages[1:], strict=False):
+      if coarse.capacity > fine.capacity:
+        raise ValueError(
+          f"a stage of capacity {coarse.capacity} lies below one of "
+          f"{fine.capacity}; capacities cannot grow with depth."
+        )
+      if not self.parametric and coarse.dim % fine.dim:
+        raise ValueError(
+          f"parametric=False needs each dim to divide the next: "
+          f"{fine.dim} does not divide {coarse.dim}."
+        )
+    _check_range("model.level_loss_weight", self.level_loss_weight, 0)
+    _check_range("model.vocab_size", self.vocab_size, VOCAB_SIZE)
+    _check_positive("model.rope_theta", self.rope_theta)
+    _check_positive("model.norm_eps", self.norm_eps)
+    _check_positive("model.head_norm_eps", self.head_eps)
+
+  @property
+  def head_eps(self) -> float:
+    eps = self.head_norm_eps
+    return self.norm_eps if eps is None else eps
+
+  @property
+  def num_stages(self) -> int:
+    return len(self.stages)
+
+  @property
+  def capacities(self) -> tuple[int, ...]:
+    """Positions of every stage in a row, stage 1 first."""
+    return tuple(stage.capacity for stage in self.stages)
+
+  @property
+  def rules(self) -> tuple[str, ...]:
+    """The splitting rules of stages 2, 3, …; input of `Splitter`."""
+    rules = tuple(stage.rule for stage in self.stages[1:])
+    for number, rule in enumerate(rules, start=2):
+      if rule is None:
+        raise ValueError(
+          f"stage {number} has no splitting rule; set "
+          f"model.stages[{number - 1}].rule, for example 'word@1'."
+        )
+    return rules
+
+  @property
+  def position_limit(self) -> int | None:
+    """Positions a text may have before the model leaves what it was trained on.
+
+    With every window inside the training row there is none: attention never
+    sees a distance it was not trained on. A stage that sees further back than
+    the row was long is held to the row's length.
+    """
+    for stage in self.stages:
+      if stage.window is None or stage.window > stage.capacity:
+        return self.stages[0].capacity
+    return None
+
+  def with_attention(self, choice: str) -> "ModelConfig":
+    """The model with one attention kernel at every stage; nothing it learns."""
+    stages = [dataclasses.replace(s, attention=choice) for s in self.stages]
+    return dataclasses.replace(self, stages=tuple(stages))
+
+  def with_capacities(self, capacities: Sequence[int]) -> "ModelConfig":
+    """The same network for rows of another shape; parameters do not change."""
+    stages = [
+      dataclasses.replace(stage, capacity=capacity)
+      for stage, capacity in zip(self.stages, capacities, strict=True)
+    ]
+    return dataclasses.replace(self, stages=tuple(stages))
+
+
+def _check_sources(name: str, value) -> None:
+  """What `data.train` may be; the data itself is looked at where it is read."""
+  items = value if isinstance(value, list | tuple) else [value]
+  for item in items:
+    path = item
+    if isinstance(item, dict) and item.keys() == {"path", "weight"}:
+      path = item["path"]
+      if type(item["weight"]) not in (int, float):
+        raise ValueError(
+          f"{name}: weight={shown(item['weight'])} must be a number."
+        )
+    if not (
+      isinstance(path, str)
+      or (
+        isinstance(path, list | tuple) and all(isinstance(p, str) for p in path)
+      )
+    ):
+      raise ValueError(
+        f"{name}={shown(value)} must be a path, or a list of which each item "
+        'is a path or {"path": ..., "weight": ...}.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where bytes come from. See docs/data.md."""
+
+  # "python" = the text that ships with this Python; else a file, directory or
+  # glob, several joined by ","; a config file may also give a list, each item
+  # a path or {"path": ..., "weight": ...} with weights in bytes.
+  train: typing.Any = "python"
+  heldout: typing.Any = None  # as train; None: a share of train's documents
+  heldout_fraction: float = 0.02  # of documents, by a stable hash of the text
+  text_field: str = "text"  # of JSONL objects and table rows; "a.b" goes inside
+  # Between the documents of a text file: "line", "blank_line" or any string;
+  # None = a file is one document.
+  separator: str | None = None
+  tokenizer: str | None = None  # a tokenizer.json; None = read bytes
+  cache_dir: str | None = None  # None = WORKDIR/data
+  num_workers: int = 0  # Grain worker processes; 0 = in this process
+  # Of records, and of bytes of text; more that is lost stops the run.
+  max_skip_fraction: float = 0.01
+
+  def __post_init__(self):
+    _check_sources("data.train", self.train)
+    if self.heldout is not None:
+      _check_sources("data.heldout", self.heldout)
+    if not 0 <= self.heldout_fraction < 1:
+      raise ValueError(
+        f"data.heldout_fraction={self.heldout_fraction} must be in [0, 1)."
+      )
+    if self.separator == "":
+      raise ValueError(
+        'data.separator="" cannot separate; give a string, or leave it out.'
+      )
+    _check_range("data.num_workers", self.num_workers, 0)
+    _check_range("data.max_skip_fraction", self.max_skip_fraction, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  num_steps: int = 1000
+  batch_size: int = 8  # rows of a step, over all devices
+  grad_accumulation: int = 1  # microbatches a step is computed in
+  log_every_steps: int = 10
+  eval_every_steps: int = 0  # held-out evaluation; 0 = only at the end
+  eval_bytes: int | None = None  # bytes of held-out text; None = all of it
+  max_nonfinite_steps: int = 10  # skipped steps in a row before the run stops
+  max_roll_backs: int = 0  # times it goes back to a checkpoint instead
+  spike_sigmas: float = 6.0  # deviations above its mean that log a loss
+  sample_prompt: str = ""  # text the final sample continues
+  sample_bytes: int = 400  # length of the final sample; 0 = none
+  tensorboard: bool = True
+
+  def __post_init__(self):
+    for name in (
+      "num_steps",
+      "batch_size",
+      "grad_accumulation",
+      "log_every_steps",
+      "max_nonfinite_steps",
+    ):
+      _check_positive(f"train.{name}", getattr(self, name))
+    for name in ("eval_every_steps", "sample_bytes", "max_roll_backs"):
+      _check_range(f"train.{name}", getattr(self, name), 0)
+    _check_positive("train.spike_sigmas", self.spike_sigmas)
+    if self.eval_bytes is not None:
+      _check_positive("train.eval_bytes", self.eval_bytes)
+    if self.batch_size % self.grad_accumulation:
+      raise ValueError(
+        f"train.batch_size={self.batch_size} rows do not divide into "
+        f"train.grad_accumulation={self.grad_accumulation} microbatches."
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW as in the paper's Tables 6 and 11, or Muon."""
+
+  name: str = "adamw"  # adamw, muon
+  learning_rate: float = 1.65e-3
+  schedule: str = "cosine"  # cosine, wsd (warmup-stable-decay), constant
+  warmup_steps: int = 100
+  decay_steps: int | None = None  # wsd only; None = a fifth of the run
+  final_ratio: float = 0.01  # last learning rate over the peak (Table 6)
+  weight_decay: float = 0.1
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  momentum: float = 0.95  # Muon's, of matrices; beta1 and beta2 of the others
+  clip_norm: float = 0.2  # global gradient norm (Table 6)
+
+  def __post_init__(self):
+    _check_choice("optimizer.name", self.name, OPTIMIZERS)
+    _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+    _check_positive("optimizer.learning_rate", self.learning_rate)
+    _check_positive("optimizer.clip_norm", self.clip_norm)
+    _check_positive("optimizer.eps", self.eps)
+    for name in ("beta1", "beta2", "momentum", "final_ratio"):
+      _check_range(f"optimizer.{name}", getattr(self, name), 0, 1)
+    for name in ("warmup_steps", "weight_decay"):
+      _check_range(f"optimizer.{name}", getattr(self, name), 0)
+    if self.decay_steps is not None:
+      _check_positive("optimizer.decay_steps", self.decay_steps)
+    if self.decay_steps is not None and self.schedule != "wsd":
+      raise ValueError(
+        f"optimizer.decay_steps={self.decay_steps} has a meaning only with "
+        f"optimizer.schedule='wsd', not {self.schedule!r}."
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each mesh axis; at most one None takes what is left."""
+
+  data: int | None = None  # batch split, parameters copied
+  fsdp: int | None = 1  # batch and parameters split
+  tensor: int | None = 1  # heads and feed-forward split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  every_steps: int = 500
+  keep: int = 3  # newest checkpoints kept
+
+  def __post_init__(self):
+    _check_positive("checkpoint.every_steps", self.every_steps)
+    _check_positive("checkpoint.keep", self.keep)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Everything that a run is made from."""
+
+  model: ModelConfig
+  seed: int = 0
+  data: DataConfig = DataConfig()
+  train: TrainConfig = TrainConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+
+  def __post_init__(self):
+    _check_range("seed", self.seed, 0, 2**32 - 1)
+    if self.data.tokenizer is not None:
+      if self.model.num_stages > 1 or self.model.level_loss_weight > 0:
+        raise ValueError(
+          f"data.tokenizer={self.data.tokenizer!r} is for a model of one stage "
+          f"without level head, not of {self.model.num_stages} stages: "
+          f"splitting rules read bytes."
+        )
+    try:  # bytes of a command line that are no UTF-8 come as lone surrogates
+      length = len(self.train.sample_prompt.encode(errors="surrogateescape"))
+    except UnicodeEncodeError:
+      raise ValueError(
+        f"train.sample_prompt={shown(self.train.sample_prompt)} is not text."
+      ) from None
+    longest = self.model.capacities[0] - 2  # BOS is before it, a byte after it
+    if length > longest:
+      raise ValueError(
+        f"train.sample_prompt has {length} bytes; this model's rows leave room "
+        f"for {longest} and one byte to generate."
+      )
+    if self.optimizer.warmup_steps >= self.train.num_steps:
+      raise ValueError(
+        f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be less "
+        f"than train.num_steps={self.train.num_steps}."
+      )
+
+  def to_json(self) -> str:
+    return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def runs_code(rule: str) -> bool:
+  """Whether a splitting rule is code to import: "my_module:my_rule"."""
+  return ":" in rule.partition("@")[0]
