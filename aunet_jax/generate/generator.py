@@ -39,6 +39,7 @@ from aunet_jax.generate.streaming import (
 MAX_TURNS = 128
 STREAM_TURNS = 16
 MAX_POSITIONS = 2**31 - 1  # positions are int32
+MAX_ROWS = 2**16  # of one batch; far more than any device has room for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -356,8 +357,11 @@ class Generator:
     self._check_length(prompts, max_bytes, max_positions)
     self._check_levels(levels)
     stop = sampling.check_stops(stop)
-    if num_samples < 1:
-      raise ValueError(f"num_samples={num_samples} must be at least 1.")
+    if not 1 <= num_samples <= MAX_ROWS // len(prompts):
+      raise ValueError(
+        f"num_samples={num_samples} must be at least 1, and {MAX_ROWS} rows at "
+        f"most over the {len(prompts)} prompts."
+      )
     if not 0 <= num_top <= sampling.MAX_TOP:
       raise ValueError(
         f"top_logprobs={num_top} must be between 0 and {sampling.MAX_TOP}."

@@ -49,7 +49,8 @@ class Server(ThreadingHTTPServer):
 
   def __init__(self, generator: Generator, port: int, hosts: Iterable[str]):
     self.generator = generator
-    self.hosts = {*HOSTS, *(host.lower() for host in hosts)}
+    self.proxies = {host.lower() for host in hosts}
+    self.hosts = self.proxies.union(HOSTS)
     self.busy = threading.Lock()  # one request at a time has the model
     self.read_seconds = READ_SECONDS
     files = importlib.resources.files("aunet_jax.generate")
@@ -68,6 +69,13 @@ def make_server(
   if not 0 <= port < 2**16:
     raise ValueError(f"port={port} must be between 0 and {2**16 - 1}.")
   return Server(generator, port, hosts)
+
+
+def _name(host: str) -> str | None:
+  """The name in `name:port`, in small letters; None where it is neither."""
+  parts = r"(\[[0-9a-f:.]+\]|[^\[\]:@/\s]+)(:\d{1,5})?"
+  match = re.fullmatch(parts, host.lower())
+  return match and match[1]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -148,20 +156,16 @@ class _Handler(BaseHTTPRequestHandler):
     if len(hosts) != 1:
       raise Refusal(400, "a request has one Host header.")
     (host,) = hosts
-    name = re.fullmatch(
-      r"(\[[0-9a-f:.]+\]|[^\[\]:@/\s]+)(:\d{1,5})?", host.lower()
-    )
-    if name is None or name[1] not in self.server.hosts:
+    if _name(host) not in self.server.hosts:
       raise Refusal(
         403,
-        f"the host {host!r} is not this machine; if it stands before this "
-        f"server, start it with --host=NAME.",
+        f"the host {host!r} is not this machine; if it is a proxy of yours, "
+        f"start the server with --host=NAME.",
       )
     for origin in self.headers.get_all("Origin", []):
-      if origin.lower() not in (
-        f"http://{host.lower()}",
-        f"https://{host.lower()}",
-      ):
+      _, _, site = origin.partition("://")
+      same = site.lower() == host.lower()
+      if not same and _name(site) not in self.server.proxies:
         raise Refusal(403, f"a page of {origin!r} may not use this server.")
 
   def _read_body(self) -> bytes:

@@ -239,6 +239,8 @@ def test_numbers_of_numpy_are_numbers():
     (dict(prompts=["text"]), "bytes"),
     (dict(max_bytes=0), "max_bytes=0"),
     (dict(num_samples=0), "num_samples=0"),
+    (dict(num_samples=10**9), "num_samples=1000000000"),
+    (dict(prompts=[b"x"] * 2**17), "num_samples=1"),
     (dict(seed=[1, 2]), "2 seeds for 1"),
     (dict(seed=-1), "seed=-1"),
     (dict(seed=2**32), "seed=4294967296"),

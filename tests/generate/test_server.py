@@ -258,7 +258,11 @@ def test_this_machine_is_known_by_its_names(server):
     b"[::1]:8000",
     b"proxy.example",
   ):
-    for origin in (b"", b"Origin: http://%s\r\n" % host.lower()):
+    for origin in (
+      b"",
+      b"Origin: http://%s\r\n" % host.lower(),
+      b"Origin: https://proxy.example:99\r\n",
+    ):
       request = b"GET /model HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (host, origin)
       assert exchange(server, request).startswith(b"HTTP/1.0 200 ")
 
