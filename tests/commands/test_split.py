@@ -50,19 +50,6 @@ def test_colours_where_asked_for_and_text_that_cannot_steer_the_terminal(
   assert "␛" in out and "‹U+202E›" in out and "\u202e" not in out
 
 
-@pytest.mark.parametrize("rules", [[], RULES, ["bytes"], ["stride@3"]])
-def test_every_byte_is_drawn_once_with_its_level(rules):
-  levels = Splitter(rules).levels(ODD)
-  drawn = list(view.characters(ODD, levels))
-  assert [c.start for c in drawn[1:]] == [c.end for c in drawn[:-1]]
-  assert drawn[0].start == 0 and drawn[-1].end == len(ODD)
-  for character in drawn:
-    assert character.level == levels[character.start : character.end].max()
-  plain = view.draw(ODD, levels * 0, colour=True)
-  assert "\x1b" not in plain and "‹FF›" in plain and "猫" in plain
-  assert view.draw(b"", levels[:0], colour=False) == ""
-
-
 class _Page(html.parser.HTMLParser):
   """The text in <pre>, and whether every tag closes."""
 

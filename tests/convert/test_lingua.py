@@ -22,8 +22,6 @@ from aunet_jax.config import ModelConfig, OptimizerConfig, StageConfig
 from aunet_jax.convert import lingua
 from aunet_jax.convert.lingua_arguments import (
   from_arguments,
-  rules_from_strategy,
-  strategy_from_rules,
   to_arguments,
 )
 from aunet_jax.train.optimizer import learning_rate_schedule
@@ -417,28 +415,3 @@ def test_skipping_the_final_norm_is_the_official_evaluation():
   assert np.abs(plain - logits(state_dict)).max() > 0.1
   state_dict["vocab_norm.weight"] = 3 * state_dict["vocab_norm.weight"]
   np.testing.assert_array_equal(logits(state_dict, final_norm=False), plain)
-
-
-@pytest.mark.parametrize(
-  "strategy,rules",
-  [
-    ({"word1": "1@1"}, ("word@1",)),
-    ({"word1": "1@1", "word2": "2@1"}, ("word@1", "word@2")),
-    ({"pretok": "1", "punct": "1"}, ("pretok", "punct")),
-  ],
-)
-def test_strategies_are_our_rules(strategy, rules):
-  assert rules_from_strategy(strategy) == rules
-  assert strategy_from_rules(rules) == strategy
-
-
-def test_arguments_after_the_at_sign_count_only_for_word():
-  assert rules_from_strategy({"word1": "1@2"}) == ("word@1",)
-  assert rules_from_strategy({"word": "2@1"}) == ("word@2",)
-  with pytest.raises(ValueError, match="'word': '1@2'"):
-    rules_from_strategy({"word": "1@2"})
-
-
-def test_a_rule_the_official_code_lacks_is_named():
-  with pytest.raises(ValueError, match="stride@4"):
-    strategy_from_rules(["stride@4"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from aunet_jax import splitting
 from aunet_jax.splitting import rules, splitter, unicode_table
 from aunet_jax.splitting.splitter import Splitter
 from benchmarks import split_reference
@@ -260,3 +261,7 @@ def test_the_documentation_names_every_rule():
     assert f"| `{name}@FILE` |" in page
   for name in unicode_table.CLASS_NAMES:
     assert f"`{name.upper()}`" in page, name
+    number = getattr(unicode_table, name.upper())
+    assert getattr(splitting, name.upper()) == number  # imported from there
+  for name in ("LETTERS", "NUMBERS", "SPACES"):
+    assert getattr(splitting, name) == getattr(unicode_table, name)
