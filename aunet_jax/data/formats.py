@@ -47,7 +47,11 @@ def _read_warc(opened: Opened) -> Records:
         text = record.content_stream().read()
         if record.raw_stream.limit:
           raise EOFError("the file ends inside a record")
-        records.read_to_end()
+        after = None
+        try:
+          records.read_to_end()
+        except _ContainerError as error:  # this record is complete
+          after = error
         if records.err_count:
           raise ArchiveLoadFailed("a record is longer than it says")
         content = kinds.by_content(text[: compression.BLOCK], opened.field)
@@ -58,6 +62,8 @@ def _read_warc(opened: Opened) -> Records:
           del text
           yield document
           del document
+        if after is not None:
+          raise after
       else:
         yield Skip(where, "no text record", f"of type {record.rec_type}")
     if records.err_count:
@@ -98,8 +104,8 @@ class _Blocks:
       raise _ContainerError(self) from error
 
 
-class _Member(io.RawIOBase):
-  """A member of an archive that is read in order, and how far it was."""
+class _InOrder(io.RawIOBase):
+  """A file that cannot seek, and how far it was read; fills what it can."""
 
   def __init__(self, file: BinaryIO):
     self._file = file
@@ -109,7 +115,13 @@ class _Member(io.RawIOBase):
     return True
 
   def readinto(self, buffer) -> int:
-    count = self._file.readinto(buffer)
+    view, count = memoryview(buffer).cast("B"), 0
+    while count < len(view):
+      block = self._file.read(len(view) - count)
+      if not block:
+        break
+      view[count : count + len(block)] = block
+      count += len(block)
     self.consumed += count
     return count
 
@@ -163,7 +175,7 @@ def _read_tar(opened: Opened) -> Records:
         elif not member.isreg():
           yield Skip(where, "not a regular file", "a link or device")
         else:
-          inner = _Member(archive.extractfile(member))
+          inner = _InOrder(archive.extractfile(member))
           kind, packed = kinds.by_name(member.name)
           nested = dataclasses.replace(
             opened,
@@ -250,7 +262,7 @@ def _head(opened: Opened) -> bytes:
       head = file.read(compression.BLOCK)
       file.seek(0)
       return head
-    opened.file = file = io.BufferedReader(file, compression.BLOCK)
+    opened.file = file = io.BufferedReader(_InOrder(file), compression.BLOCK)
   try:
     return file.peek(1)
   except DAMAGE:  # met again by the reader

@@ -106,8 +106,10 @@ def by_name(path: str) -> tuple[str, str | None]:
   path = first if "://" in first else path
   name = re.split(r"[/\\]", path.lower().rstrip("/"))[-1]
   found = _by_plain_name(name)
-  if found == ("text", None):  # "a.parquet?download=true" and the like
-    found = _by_plain_name(re.split("[?#]", name)[0])
+  # "a.parquet?download=true" and the like; also "what?.csv?download=true"
+  while found == ("text", None) and (cut := re.search(r"[?#][^?#]*\Z", name)):
+    name = name[: cut.start()]
+    found = _by_plain_name(name)
   return found
 
 

@@ -212,6 +212,8 @@ class _Listing:
 
   def match(self, directory: str, parts: list[str]) -> None:
     """Adds what a glob's parts match below a directory."""
+    while not _is_glob(parts[0]):
+      directory, parts = self._tree.join(directory, parts[0]), parts[1:]
     real = self._tree.real(directory)
     found = {
       entry.path: entry for entry in self._matches(directory, parts, (real,))
@@ -222,7 +224,8 @@ class _Listing:
   def _matches(
     self, directory: str, parts: list[str], above: tuple[str, ...]
   ) -> Iterator[_Entry]:
-    """Args: above: `directory` and those it was reached through, real."""
+    """Args: above: `directory` and those it was reached through since the
+    first that the glob does not spell; real paths."""
     first, rest = parts[0], parts[1:]
     if not _is_glob(first):
       entry = self._tree.look(self._tree.join(directory, first))

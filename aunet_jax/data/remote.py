@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from aunet_jax.data.compression import BLOCK
 from aunet_jax.terminal import EXIT_FAILED, Failure
 
 
@@ -48,5 +49,5 @@ def open_stored(path: str) -> Iterator[BinaryIO]:
     with system.open(name, "rb") as file:
       yield file
   else:
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=BLOCK) as file:
       yield file

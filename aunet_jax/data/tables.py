@@ -1,6 +1,7 @@
 """The documents of binary tables: Parquet, Arrow, ArrayRecord, datasets."""
 
 import io
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -180,13 +181,14 @@ def _stream_batches(pyarrow, raw: BinaryIO) -> Iterator[Any]:
 def read_arrayrecord(opened: Opened) -> Records:
   from array_record.python import array_record_module
 
-  with tempfile.NamedTemporaryFile() as copy:
-    path = copy.name
+  # The library reads local files only, and takes names in UTF-8 only.
+  with tempfile.TemporaryDirectory() as scratch:
+    path = os.path.join(scratch, "file")
     if opened.is_stored and not opened.is_remote:
-      path = opened.file.name
-    else:  # the library reads local files only
-      shutil.copyfileobj(opened.file, copy, compression.BLOCK)
-      copy.flush()
+      os.symlink(os.path.abspath(opened.file.name), path)
+    else:
+      with open(path, "wb") as copy:
+        shutil.copyfileobj(opened.file, copy, compression.BLOCK)
     number, share = 0, None
     try:
       reader = array_record_module.ArrayRecordReader(path)

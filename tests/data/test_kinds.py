@@ -50,6 +50,7 @@ def _read(path, field="text"):
     ("a.parquet?download=true#x", ("parquet", None)),
     ("CC-MAIN.warc.wet.gz", ("warc", ".gz")),
     ("what?.txt", ("text", None)),
+    ("what?.csv?download=true", ("csv", None)),
     ("README", ("text", None)),
     ("gzip", ("text", None)),
   ],
@@ -148,6 +149,13 @@ def test_a_lone_json_object_is_a_record_if_it_has_the_field(tmp_path):
   assert _read(tmp_path / "a.json", "body")[0] == [b'{"text": "document"}']
 
 
+@pytest.mark.parametrize("digits", [3000, 5000, 20_000])
+def test_a_first_line_longer_than_a_block_of_the_disk(tmp_path, digits):
+  line = b'{"id": ' + b"9" * digits + b', "text": "a"}\n'
+  (tmp_path / "a.txt").write_bytes(line * 3)
+  assert _read(tmp_path / "a.txt") == ([b"a"] * 3, [])
+
+
 def test_a_long_first_line_is_json_all_the_same(tmp_path):
   long = "x" * (compression.BLOCK + 10)
   lines = [json.dumps({"text": long}), json.dumps({"text": "short"})]
@@ -237,6 +245,9 @@ def test_a_stream_that_cannot_seek_is_looked_at_and_read(monkeypatch):
   from aunet_jax.data import remote
 
   class Pipe(io.BytesIO):
+    def read(self, size=-1):
+      return super().read(min(size, 5))  # as what comes over a network
+
     def seekable(self):
       return False
 

@@ -182,3 +182,23 @@ def test_bad_input_leaves_no_output(tmp_path, capsys):
   assert _run(f"--input={path}", f"--output={tmp_path}/out") == 2
   assert "bad.jsonl:2: malformed JSON" in capsys.readouterr().err
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_plan_reports_what_it_skips_and_takes_any_field(tmp_path, capsys):
+  path = tmp_path / "a.jsonl"
+  lines = [json.dumps({"m": {"body": text}}) for text in _texts(300)]
+  path.write_text("\n".join(["not JSON", *lines]))
+  flags = [f"--input={path}", "--plan", "--row_bytes=256"]
+  assert _run(*flags, "--text_field=m.body") == 0
+  said = capsys.readouterr()
+  assert "a.jsonl:1: malformed JSON" in said.err
+  assert "filled" in said.out
+
+
+def test_text_files_are_separated_into_documents(tmp_path):
+  (tmp_path / "in.txt").write_text("one\n\ntwo\n\n\nthree\n")
+  output = tmp_path / "out"
+  flags = [f"--input={tmp_path}/in.txt", f"--output={output}"]
+  more = ["--heldout_fraction=0", "--separator=blank_line", "--row_bytes=64"]
+  assert _run(*flags, *more) == 0
+  assert sorted(_records(output / "train")) == [b"one", b"three", b"two"]
