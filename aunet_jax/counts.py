@@ -26,7 +26,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from aunet_jax import config as config_lib
-from aunet_jax.aunet.counts import __doc__, report
+from aunet_jax import terminal
+from aunet_jax.aunet.counts import report
+from aunet_jax.config import ModelConfig
 
 
 def _short(value: float) -> str:
@@ -107,7 +109,30 @@ def _numbers(text: str, option: str) -> list[float]:
   return values
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _positions(args, model: ModelConfig) -> list[float] | None:
+  """Real positions of an average row; None: every slot."""
+  if args.positions is not None:
+    positions = _numbers(args.positions, "--positions")
+    for n, capacity in zip(positions, model.capacities, strict=False):
+      if n > capacity:
+        raise ValueError(
+          f"--positions: {n:g} do not fit in a stage of {capacity} slots."
+        )
+    return positions
+  if args.contraction is None:
+    return None
+  factors = [1.0, *_numbers(args.contraction, "--contraction")]
+  if len(factors) != model.num_stages:
+    raise ValueError(
+      f"--contraction={args.contraction} has {len(factors) - 1} numbers; "
+      f"the model has {model.num_stages - 1} stages below the bytes."
+    )
+  row = min(np.multiply(factors, model.capacities))
+  return [float(row / factor) for factor in factors]
+
+
+@terminal.command
+def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="python -m aunet_jax.counts",
     description=__doc__,
@@ -129,31 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     "to be as full as the scarcest stage allows",
   )
   args, rest = parser.parse_known_args(argv)
-  try:
-    model = config_lib.parse_flags(rest).model
-    positions = None
-    if args.positions is not None:
-      positions = _numbers(args.positions, "--positions")
-      for n, capacity in zip(positions, model.capacities, strict=False):
-        if n > capacity:
-          raise ValueError(
-            f"--positions: {n:g} do not fit in a stage of {capacity} slots."
-          )
-    elif args.contraction is not None:
-      factors = [1.0, *_numbers(args.contraction, "--contraction")]
-      if len(factors) != model.num_stages:
-        raise ValueError(
-          f"--contraction={args.contraction} has {len(factors) - 1} numbers; "
-          f"the model has {model.num_stages - 1} stages below the bytes."
-        )
-      row = min(np.multiply(factors, model.capacities))
-      positions = [float(row / factor) for factor in factors]
-    result = report(model, positions)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  model = config_lib.parse_flags(rest).model
+  result = report(model, _positions(args, model))
   print(json.dumps(result) if args.json else table(result))
-  return 0
 
 
 if __name__ == "__main__":

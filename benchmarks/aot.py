@@ -37,7 +37,6 @@ from aunet_jax.compile import programs
 from aunet_jax.config import Config, MeshConfig
 
 GIB = devices_lib.GIB
-MEMORY_BYTES = {"v5e": 16e9, "v6e": 32e9, "v5p": 95e9, "h100": 80e9}
 
 
 def memory(compiled) -> dict[str, float]:
@@ -174,10 +173,11 @@ def main() -> None:
   parser.add_argument("--no_pieces", action="store_true")
   args, rest = parser.parse_known_args()
   config = config_lib.parse_flags(rest)
+  programs.compile_elsewhere(args.topology)
   devices = programs.topology_devices(args.topology)
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=None), devices)
   platform = sharding.platform(mesh)
-  limit = MEMORY_BYTES[args.topology.split(":")[0]]
+  limit = devices_lib.memory_limit(devices[0])
   measured, result = {}, {}
   for rows in map(int, args.rows.split(",")):
     measured[rows] = step_memory(config, mesh, rows)

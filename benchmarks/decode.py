@@ -132,7 +132,7 @@ _run = jax.jit(
   ),
   donate_argnames="state",
 )
-_prefill = jax.jit(prefill.prefill, static_argnames=("config", "rings"))
+_prefill = jax.jit(prefill.prefill, static_argnames=("config", "slots"))
 
 
 class Bench:
@@ -162,7 +162,7 @@ class Bench:
       self.weights,
       *self.rows[:4],
       config=config.with_capacities(self.rows.capacities),
-      rings=prefill.ring_sizes(config, self.rows.capacities, self.max_bytes),
+      slots=prefill.cache_sizes(config, self.rows.capacities, self.max_bytes),
     )
     choice = sampling.make_choice(
       Sampling(temperature=0.8, top_p=0.95),

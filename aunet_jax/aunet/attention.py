@@ -37,10 +37,8 @@ PLATFORMS = {
   "triton": ("gpu",),
 }
 
-
 # On GPUs, xla until triton has run on one: interpreted, it is exact.
 _AUTO = {"tpu": "splash"}
-
 
 # Padding of the kernels' last block: no document of a row has this id.
 _NO_DOCUMENT = -1

@@ -23,11 +23,9 @@ BLOCK_C, BLOCK_M = 128, 64  # forward; L is padded to the larger one
 
 BACKWARD_C, BACKWARD_M = 64, 64
 
-
 # At 128 a float32 block takes 214 kB of the 232 kB of shared memory of an H100
 # (counted by XLA, ahead of time), at 256 it would take 328 kB.
 MAX_HEAD_DIM = 128
-
 
 # Finite: a block may hold nothing a query sees, and inf - inf is no number.
 _UNSEEN = -1e30

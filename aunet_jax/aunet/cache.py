@@ -1,19 +1,19 @@
-"""One position through the network, on plain arrays and with ring caches.
+"""Rows of a batch taken and put back, and what a stack writes to its caches.
 
-The mathematics of `layers.py` and `aunet.py` for a single new position per row,
-so that a loop can call each part when its turn comes (`decode.py`). The tests
-pin it to the model.
+A decoding loop computes a block of the batch's rows at a time: rows_C holds
+the batch row of each block row, and B, a row that is not there, means none.
 
-Letters: B rows of the batch, C rows of the block computed here, W slots of a
-ring, D width, E width of the next stage, H query heads, G key/value heads, R
-query heads per key/value head, K head dim, F feed-forward, V vocabulary, O
-offsets. rows_C holds the batch row of each block row; B means none.
+Letters: B rows of the batch, C rows of the block, W slots of a ring, G
+key/value heads, K head dim.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+# Collection that a pass over a row leaves for decoding, where it is mutable.
+HISTORY = "history"
 
 
 def take(x_B, rows_C):
@@ -45,9 +45,8 @@ def put_slot(ring_BGWK, rows_C, slot_C, value_CGK):
 
 
 class Write(NamedTuple):
-  """What one position adds to the rings of a stack."""
+  """What one position of each row adds to the caches of a stack."""
 
   rows_C: jax.Array
-  slot_C: jax.Array
-  keys: list  # over layers, (C, G, K)
-  values: list
+  position_C: jax.Array
+  entries: list[Any]  # over layers, as the mixer's `step` gives them

@@ -1,30 +1,16 @@
 """Parameters, FLOPs and memory of a model, from its config alone.
 
-    python -m aunet_jax.counts --config=configs/aunet2_1b.py
-    python -m aunet_jax.counts --config=configs/aunet2_1b.py --json
-    python -m aunet_jax.counts --config=configs/aunet2_1b.py \\
-        --contraction=4.92 --config.model.upsampling=repeat
-
-Three kinds of FLOPs, never mixed; a multiplication and an addition are two:
-
-  paper    training FLOPs per byte by the official code's estimator (paper
-           Section 2.3 and Appendix A): no transitions, full stages.
-  padded   what the device runs: every slot, attention's whole key blocks,
-           multi-linear upsampling's padded groups. The kernels of CPUs, where
-           no platform is named.
-  useful   the same products at real positions and unmasked keys only.
-
-Norms, softmax and other elementwise work are in none of them. Training is
-three times forward; what rematerialisation repeats is given on its own.
+Sums what each part says of itself (`block`, its mixer, `transition`) over the
+stages. `aunet_jax/counts.py`, the command, says what the kinds of FLOPs are.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from aunet_jax.aunet import attention
-from aunet_jax.aunet.grouped import rows_multiplied
-from aunet_jax.config import ModelConfig, StageConfig
+from aunet_jax.aunet.block import Block, SwiGLU, mixer_of
+from aunet_jax.aunet.transition import Pool, upsampling_of
+from aunet_jax.config import ModelConfig
 
 
 def _layers(model: ModelConfig, i: int) -> int:
@@ -33,13 +19,9 @@ def _layers(model: ModelConfig, i: int) -> int:
   return paths * model.stages[i].num_layers
 
 
-def _projection_weights(stage: StageConfig) -> int:
-  """Weights of one block's query, key, value and output matrices."""
-  return stage.dim * stage.head_dim * 2 * (stage.num_heads + stage.kv_heads)
-
-
-def _ffn_weights(stage: StageConfig) -> int:
-  return 3 * stage.dim * stage.ffn
+def _transition_dims(model: ModelConfig, i: int) -> tuple[int, int]:
+  """Widths of stage i + 1 and the one below it."""
+  return model.stages[i].dim, model.stages[i + 1].dim
 
 
 # ----- parameters -----------------------------------------------------------
@@ -52,29 +34,24 @@ def parameters(model: ModelConfig) -> tuple[dict[str, int], ...]:
   """
   result = []
   for i, stage in enumerate(model.stages):
-    layers = _layers(model, i)
     kinds = {
-      "attention": layers * _projection_weights(stage),
-      "ffn": layers * _ffn_weights(stage),
-      "norms": layers * 2 * stage.dim,
+      kind: _layers(model, i) * number
+      for kind, number in Block.num_parameters(stage).items()
     }
+    more = []
     if i == 0:
-      kinds["embedding"] = model.vocab_size * stage.dim
-      kinds["head"] = model.vocab_size * stage.dim
-      kinds["norms"] += stage.dim
+      matrix = model.vocab_size * stage.dim
+      more.append({"embedding": matrix, "head": matrix, "norms": stage.dim})
       if model.level_loss_weight > 0:
-        kinds["level head"] = 2 * stage.dim * model.num_stages
-        kinds["norms"] += 2 * stage.dim
+        width = 2 * stage.dim
+        more.append({"level head": width * model.num_stages, "norms": width})
     if i < model.num_stages - 1:
-      D, E, O = stage.dim, model.stages[i + 1].dim, model.num_offsets
-      kinds["pool"] = D * E if model.parametric else 0
-      kinds["upsample"] = D * E if model.parametric else 0
-      kinds["norms"] += D + E if model.parametric else 0
-      if model.upsampling == "multi_linear":
-        kinds["upsample"] += O * D * E
-        kinds["norms"] += 0 if model.parametric else E
-      elif model.upsampling == "repeat":
-        kinds["upsample"] += O * E
+      widths = _transition_dims(model, i)
+      more.append(Pool.num_parameters(model, *widths))
+      more.append(upsampling_of(model).num_parameters(model, *widths))
+    for part in more:
+      for kind, number in part.items():
+        kinds[kind] = kinds.get(kind, 0) + number
     result.append(kinds)
   return tuple(result)
 
@@ -97,13 +74,10 @@ def paper_flops_per_byte(model: ModelConfig, *, head: bool = True) -> float:
   first = model.stages[0]
   flops = 6 * first.dim * model.vocab_size if head else 0
   for i, stage in enumerate(model.stages):
-    S, layers = stage.capacity, _layers(model, i)
-    w = S if stage.window is None else min(stage.window, S)
-    per_position = (
-      6 * layers * (_projection_weights(stage) + _ffn_weights(stage))
-    )
-    per_position += 6 * stage.dim * layers * w * (2 * S - w) / S
-    flops += per_position * S / first.capacity
+    layers, mixer = _layers(model, i), mixer_of(stage)
+    matrices = mixer.num_weights(stage) + SwiGLU.num_weights(stage)
+    per_position = 6 * layers * matrices + mixer.paper_flops(stage, layers)
+    flops += per_position * stage.capacity / first.capacity
   return flops
 
 
@@ -113,48 +87,36 @@ def paper_flops_per_byte(model: ModelConfig, *, head: bool = True) -> float:
 def _forward(
   model: ModelConfig,
   positions: Sequence[float],
-  pairs: Sequence[float],
-  grouped: Sequence[float],
+  padded: tuple[int, str] | None = None,
 ) -> tuple[dict[str, float], ...]:
   """Forward FLOPs by stage and kind.
 
   Args:
-    positions: of each stage. pairs: (query, key) pairs of each stage.
-    grouped: rows through the offset matrices, per transition.
+    positions: of each stage.
+    padded: rows of a device and its platform, for what it multiplies; None:
+      what the positions need.
   """
   result = []
+  platform = None if padded is None else padded[1]
   for i, stage in enumerate(model.stages):
-    layers, n = _layers(model, i), positions[i]
+    layers, n, mixer = _layers(model, i), positions[i], mixer_of(stage)
     kinds = {
-      "projections": 2 * n * layers * _projection_weights(stage),
-      "scores": 4 * pairs[i] * layers * stage.dim,
-      "ffn": 2 * n * layers * _ffn_weights(stage),
+      "projections": 2 * n * layers * mixer.num_weights(stage),
+      "scores": mixer.flops(stage, n, platform) * layers,
+      "ffn": 2 * n * layers * SwiGLU.num_weights(stage),
     }
     if i == 0:
       kinds["head"] = 2 * n * stage.dim * model.vocab_size
       if model.level_loss_weight > 0:
         kinds["head"] += 2 * n * 2 * stage.dim * model.num_stages
     if i < model.num_stages - 1:
-      matrix = 2 * stage.dim * model.stages[i + 1].dim
-      kinds["pool"] = matrix * positions[i + 1] if model.parametric else 0
-      kinds["upsample"] = matrix * positions[i + 1] if model.parametric else 0
-      if model.upsampling == "multi_linear":
-        kinds["upsample"] += matrix * grouped[i]
+      widths, coarse = _transition_dims(model, i), positions[i + 1]
+      kinds["pool"] = 2 * coarse * Pool.num_parameters(model, *widths)["pool"]
+      kinds["upsample"] = upsampling_of(model).flops(
+        model, *widths, n, coarse, padded
+      )
     result.append(kinds)
   return tuple(result)
-
-
-def _multiplied_pairs(stage: StageConfig, platform: str) -> int:
-  """Pairs that attention multiplies for one row, masked or not."""
-  kernel = attention.pick(stage.attention, platform)
-  return attention.multiplied_pairs(kernel, stage.capacity, stage.window)
-
-
-def _causal_pairs(stage: StageConfig) -> int:
-  """Pairs causality and the window leave in a row that is one piece."""
-  L = stage.capacity
-  window = L if stage.window is None else min(stage.window, L)
-  return window * L - window * (window - 1) // 2
 
 
 def padded_forward_flops(
@@ -164,13 +126,7 @@ def padded_forward_flops(
 
   Args: platform: cpu, gpu or tpu; kernels differ in what they pad.
   """
-  multiplied = [
-    rows_multiplied(rows_per_device * length, model.num_offsets, platform)
-    / rows_per_device
-    for length in model.capacities[:-1]
-  ]
-  pairs = [_multiplied_pairs(stage, platform) for stage in model.stages]
-  return _forward(model, model.capacities, pairs, multiplied)
+  return _forward(model, model.capacities, (rows_per_device, platform))
 
 
 def useful_forward_flops(
@@ -191,11 +147,7 @@ def useful_forward_flops(
       f"{len(positions_per_stage)} position counts were given for a model of "
       f"{model.num_stages} stages; give one per stage, stage 1 first."
     )
-  pairs = [
-    n * _causal_pairs(stage) / stage.capacity
-    for n, stage in zip(positions_per_stage, model.stages, strict=True)
-  ]
-  return _forward(model, positions_per_stage, pairs, positions_per_stage)
+  return _forward(model, positions_per_stage)
 
 
 def _total(stages: Sequence[dict[str, float]]) -> float:
@@ -245,36 +197,21 @@ def activation_bytes(model: ModelConfig) -> tuple[int, ...]:
   away or keep a few more.
   """
   size = _itemsize(model.dtype)
-  result = []
-  for i, stage in enumerate(model.stages):
-    L, D, F = stage.capacity, stage.dim, stage.ffn
-    qkv = (stage.num_heads + 2 * stage.kv_heads) * stage.head_dim
-    values = {
-      "none": 5 * D + 2 * qkv + 4 * F,
-      "dots": 3 * D + qkv + 2 * F,
-      "full": D,
-    }[stage.remat]
-    per_layer = L * values * size
-    if stage.remat == "none":  # scores float32, weights in the compute dtype
-      pairs = _multiplied_pairs(stage, "cpu")
-      per_layer += pairs * stage.num_heads * (4 + size)
-    total = _layers(model, i) * per_layer
-    if i == 0:
-      total += L * model.vocab_size * 4 * 2  # logits and their gradient
-    result.append(total)
-  return tuple(result)
+  saved = [
+    _layers(model, i) * Block.saved_bytes(stage, size)
+    for i, stage in enumerate(model.stages)
+  ]
+  logits = model.capacities[0] * model.vocab_size * 4
+  return (saved[0] + 2 * logits, *saved[1:])  # and their gradient
 
 
-def kv_cache_bytes(model: ModelConfig) -> tuple[int, ...]:
-  """Bytes of keys and values per generated row, by stage, at full length."""
-  result = []
-  for i, stage in enumerate(model.stages):
-    length = stage.capacity
-    if stage.window is not None:
-      length = min(stage.window, length)
-    width = 2 * stage.kv_heads * stage.head_dim
-    result.append(_layers(model, i) * width * length * _itemsize(model.dtype))
-  return tuple(result)
+def cache_bytes(model: ModelConfig) -> tuple[int, ...]:
+  """Bytes of what mixers keep of a generated row, by stage, at full length."""
+  size = _itemsize(model.dtype)
+  return tuple(
+    _layers(model, i) * mixer_of(stage).cache_bytes(stage, size)
+    for i, stage in enumerate(model.stages)
+  )
 
 
 # ----- what devices send each other -----------------------------------------
@@ -308,13 +245,15 @@ def collective_bytes(
   """
   layered = gathered_once = gathered_twice = whole = 0
   for kinds in parameters(model):
-    layered += kinds["attention"] + kinds["ffn"]
     gathered_twice += kinds.get("pool", 0)
     gathered_once += kinds.get("upsample", 0)
-    whole += sum(
+    copied = sum(
       kinds.get(kind, 0)
       for kind in ("norms", "embedding", "head", "level head")
     )
+    whole += copied
+    layered += sum(kinds.values()) - copied
+  layered -= gathered_once + gathered_twice
   size = _itemsize(model.dtype)
   split = layered + gathered_once + gathered_twice
   gathers = 2 * layered + 2 * gathered_twice + gathered_once
@@ -349,7 +288,7 @@ def report(
   padded = padded_forward_flops(model)
   useful = useful_forward_flops(model, positions_per_stage)
   activations = activation_bytes(model)
-  cache = kv_cache_bytes(model)
+  cache = cache_bytes(model)
   row_bytes = positions_per_stage[0]
   total_parameters = num_parameters(model)
   weights = total_parameters * _itemsize(model.param_dtype)

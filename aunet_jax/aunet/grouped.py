@@ -19,7 +19,6 @@ from jax.experimental.pallas.ops.tpu import megablox
 # Rows of a tile or block at least: the shortest side a matrix unit fills.
 _MIN_TILE, _MAX_TILE = 64, 512
 
-
 _MIN_BLOCK = 16
 
 

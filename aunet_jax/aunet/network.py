@@ -21,18 +21,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aunet_jax.aunet import attention, sharding
-from aunet_jax.aunet.block import (
-  DECODE_CACHE,
-  RMSNorm,
-  Stack,
-  fan_in_init,
-  project,
-  rms_norm,
-)
-from aunet_jax.aunet.quantize import matmul, quantize
+from aunet_jax.aunet import attention, quantize, sharding
+from aunet_jax.aunet.block import Stack
+from aunet_jax.aunet.cache import HISTORY
+from aunet_jax.aunet.layers import fan_in_init, norm_of, project, rms_norm
+from aunet_jax.aunet.quantize import matmul
 from aunet_jax.aunet.segments import piece_starts, segment
-from aunet_jax.aunet.transition import Pool, Upsample, upsample_weights
+from aunet_jax.aunet.transition import Pool, upsampling_of
 from aunet_jax.config import ModelConfig
 
 
@@ -85,7 +80,7 @@ class AUNet(nn.Module):
     x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "activation"))
     x_BLD = self._stage(0, x_BLD, levels_BL, documents_BL)
 
-    h_BLD = RMSNorm(config.head_eps, param_dtype, name="norm")(x_BLD)
+    h_BLD = norm_of(config, config.head_eps)(name="norm")(x_BLD)
     h_BLD = h_BLD if config.final_norm else x_BLD
     head_DV = self.param(
       "head", fan_in_init(D, ("activation", "vocab")), (D, V), param_dtype
@@ -102,13 +97,13 @@ class AUNet(nn.Module):
     stage = config.stages[i]
     if i == config.num_stages - 1:
       x_BLD = Stack(stage, config, name="deepest")(x_BLD, documents_BL)
-      self.sow(DECODE_CACHE, f"encoded_{i + 1}", x_BLD)
+      self.sow(HISTORY, f"encoded_{i + 1}", x_BLD)
       return x_BLD
 
     # Contracting path.
     x_BLD = Stack(stage, config, name=f"contract_{i + 1}")(x_BLD, documents_BL)
     skip_BLD = x_BLD
-    self.sow(DECODE_CACHE, f"encoded_{i + 1}", x_BLD)
+    self.sow(HISTORY, f"encoded_{i + 1}", x_BLD)
 
     # One vector per segment goes down. Filler slots are padding there.
     coarse = config.stages[i + 1]
@@ -126,10 +121,11 @@ class AUNet(nn.Module):
     )
 
     # Expanding path.
-    self.sow(DECODE_CACHE, f"coarse_{i + 2}", x_BSE)
-    x_BLD = Upsample(config, stage.dim, name=f"upsample_{i + 1}")(
-      x_BSE, segments
+    self.sow(HISTORY, f"coarse_{i + 2}", x_BSE)
+    upsample = upsampling_of(config)(
+      config, stage.dim, name=f"upsample_{i + 1}"
     )
+    x_BLD = upsample(x_BSE, segments)
     # Padding before the first piece has no segment to take a vector from.
     x_BLD = jnp.where(documents_BL[:, :, None] > 0, x_BLD, 0)
     x_BLD = x_BLD + skip_BLD if stage.skip else x_BLD
@@ -143,10 +139,10 @@ class AUNet(nn.Module):
       targets_BL = jnp.zeros(x_BLD.shape[:2], jnp.int32)
     target_BLD = embed_VD.astype(x_BLD.dtype)[targets_BL]
     h_BLD = jnp.concatenate([x_BLD, target_BLD], axis=-1)
-    param_dtype = jnp.dtype(config.param_dtype)
-    h_BLD = RMSNorm(config.head_eps, param_dtype, name="level_norm")(h_BLD)
+    h_BLD = norm_of(config, config.head_eps)(name="level_norm")(h_BLD)
     width, P = h_BLD.shape[-1], config.num_stages
     init = fan_in_init(width, ("activation", "vocab"))
+    param_dtype = jnp.dtype(config.param_dtype)
     kernel_DP = self.param("level_head", init, (width, P), param_dtype)
     return project(h_BLD, kernel_DP.astype(h_BLD.dtype), dtype=jnp.float32)
 
@@ -160,7 +156,7 @@ def init_params(config: ModelConfig, key: jax.Array):
   return AUNet(config).init(key, tokens_BL, tokens_BL)["params"]
 
 
-# ----- weights --------------------------------------------------------------
+# ----- one position ---------------------------------------------------------
 
 
 def stack_names(config: ModelConfig) -> dict[str, int]:
@@ -174,66 +170,41 @@ def stack_names(config: ModelConfig) -> dict[str, int]:
 
 
 def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
-  """Parameters as the loop wants them: in compute dtype, a list of layers.
+  """Parameters as the decoding loop wants them, in compute dtype or int8.
 
-  Layers are separate arrays because slicing a stacked one copies it on every
-  step. Kernels become matrices; the O offset matrices lie side by side.
+  Kernels become matrices, those that read the same vector one matrix.
   """
   dtype = jnp.dtype(config.dtype)
 
-  def cast(x):
-    return x.astype(dtype)
-
   def matrix(w_DE):
-    return quantize(w_DE) if int8 else cast(w_DE)
-
-  def layer(blocks, number):
-    blocks = jax.tree.map(lambda x: x[number], blocks)
-    attention, ffn = blocks["attention"], blocks["ffn"]
-    D, H, K = attention["query"].shape
-    G = attention["key"].shape[1]
-    qkv_DGMK = jnp.concatenate(
-      [
-        attention["query"].reshape(D, G, H // G, K),
-        attention["key"][:, :, None],
-        attention["value"][:, :, None],
-      ],
-      axis=2,
-    )
-    gate_up_DF2 = jnp.stack([ffn["gate"], ffn["up"]], axis=-1)
-    return {
-      "attention_norm": blocks["attention_norm"]["scale"],
-      "qkv": matrix(qkv_DGMK.reshape(D, -1)),
-      "out": matrix(attention["out"].reshape(-1, D)),
-      "ffn_norm": blocks["ffn_norm"]["scale"],
-      "gate_up": matrix(gate_up_DF2.reshape(D, -1)),
-      "down": matrix(ffn["down"]),
-    }
+    return quantize.quantize(w_DE) if int8 else w_DE.astype(dtype)
 
   weights = {
-    "embed": cast(params["embed"]),
+    "embed": params["embed"].astype(dtype),
     "head": matrix(params["head"]),
     "norm": params["norm"]["scale"] if config.final_norm else None,
   }
   if config.level_loss_weight > 0:
     weights["level_norm"] = params["level_norm"]["scale"]
-    weights["level_head"] = cast(params["level_head"])
+    weights["level_head"] = params["level_head"].astype(dtype)
   for name, i in stack_names(config).items():
-    blocks = params[name]["blocks"]
-    layers = range(config.stages[i].num_layers)
-    weights[name] = [layer(blocks, number) for number in layers]
+    weights[name] = Stack.weights(params[name], config.stages[i], matrix)
   for i in range(1, config.num_stages):
-    D = config.stages[i - 1].dim
-    if config.parametric:
-      pool = params[f"pool_{i}"]
-      weights[f"pool_{i}"] = {
-        "norm": pool["norm"]["scale"],
-        "kernel": matrix(pool["kernel"]),
-      }
-    weights[f"upsample_{i}"] = upsample_weights(
-      params.get(f"upsample_{i}", {}), config, D, cast, matrix
+    pool, upsample = f"pool_{i}", f"upsample_{i}"
+    weights[pool] = Pool.weights(params.get(pool, {}), matrix)
+    weights[upsample] = upsampling_of(config).weights(
+      params.get(upsample, {}), config, config.stages[i - 1].dim, matrix
     )
   return weights
+
+
+def round_params(params: dict, config: ModelConfig) -> dict:
+  """Parameters with the values that `make_weights` keeps with int8."""
+  contracted = {"head": (0,)} | Pool.CONTRACTED
+  contracted |= upsampling_of(config).CONTRACTED
+  for stage in config.stages:
+    contracted |= Stack.contracted(stage)
+  return quantize.round_params(params, contracted)
 
 
 def logits(weights, config, h_CD):
@@ -248,3 +219,23 @@ def predicted_level(weights, config, h_CD, byte_C):
   h_CD = rms_norm(h_CD, weights["level_norm"], config.head_eps)
   level_logits_CP = matmul(h_CD, weights["level_head"], jnp.float32)
   return jnp.argmax(level_logits_CP, axis=-1).astype(jnp.int32)
+
+
+def pool(weights, config, i, x_CD):
+  """Transition i (1-based): a boundary's vector, widened to stage i + 1."""
+  width = config.stages[i].dim
+  return Pool.step(weights[f"pool_{i}"], config, width, x_CD)
+
+
+def upsample(weights, config, i, x_CE):
+  """Transition i: what every offset of a segment will get, (C, O, D)."""
+  width = config.stages[i - 1].dim
+  return upsampling_of(config).step(
+    weights[f"upsample_{i}"], config, width, x_CE
+  )
+
+
+def at_offset(config, up_COD, offset_C):
+  """The column of `upsample` that positions at these offsets get, (C, D)."""
+  index_C = upsampling_of(config).column(offset_C, up_COD.shape[1])
+  return jnp.take_along_axis(up_COD, index_C[:, None, None], axis=1)[:, 0]

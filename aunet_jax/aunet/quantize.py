@@ -24,37 +24,20 @@ def quantize(w_DE: jax.Array) -> Int8:
   return Int8(jnp.round(w_DE / scale_E[None]).astype(jnp.int8), scale_E)
 
 
-# Contracted dims of every kernel that `step.make_weights` quantizes, by name;
-# layers are stacked in front. The offset table of `repeat` is no matrix.
-_CONTRACTED = {
-  "query": (1,),
-  "key": (1,),
-  "value": (1,),
-  "out": (1, 2),
-  "gate": (1,),
-  "up": (1,),
-  "down": (1,),
-  "kernel": (0,),
-  "head": (0,),
-  "offsets": (1,),
-}
-
-
-def round_params(params: dict, upsampling: str) -> dict:
+def round_params(params: dict, contracted: dict[str, tuple[int, ...]]) -> dict:
   """Parameters with the values that int8 keeps, in their own dtype.
 
-  The parallel pass over a prompt uses these, so that it and the int8 loop are
-  one model.
+  A pass over a row uses these, so that it and the int8 loop are one model.
+
+  Args: contracted: name of a matrix -> its dims that a product contracts.
   """
 
   def rounded(path, x):
-    name = path[-1].key
-    if name not in _CONTRACTED:
-      return x
-    if name == "offsets" and upsampling != "multi_linear":
+    axes = contracted.get(path[-1].key)
+    if axes is None:
       return x
     w = x.astype(jnp.float32)
-    scale = jnp.abs(w).max(axis=_CONTRACTED[name], keepdims=True) / 127
+    scale = jnp.abs(w).max(axis=axes, keepdims=True) / 127
     scale = jnp.where(scale > 0, scale, 1.0)
     return (jnp.round(w / scale) * scale).astype(x.dtype)
 

@@ -17,9 +17,7 @@ Batch = dict[str, np.ndarray]
 
 AXES = ("data", "fsdp", "tensor")
 
-
 BATCH_AXES = ("data", "fsdp")
-
 
 # Logical dim -> mesh axes. The 258-row byte table stays whole: splitting it
 # makes XLA rebuild it on every device at every look-up.

@@ -1,8 +1,12 @@
 """Between two stages: which vectors go down, and which come back up.
 
-Pure functions of levels with static shapes (AU-Net paper, Sections 2.1, 2.2).
+AU-Net paper, Sections 2.1 and 2.2. Of every part, `__call__` computes a row at
+once and `step` one position of each row. A kind of upsampling is one class with
+all that is known of it; `UPSAMPLINGS` names them.
+
 Letters: B batch, L positions of the fine stage, S slots of the coarse stage,
-D width of the fine stage, E width of the coarse stage, O offset matrices.
+C rows of a block of the batch, D width of the fine stage, E width of the coarse
+stage, O offset matrices.
 """
 
 import functools
@@ -13,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from aunet_jax.aunet import grouped, sharding
-from aunet_jax.aunet.block import RMSNorm, fan_in_init, project, rms_norm
+from aunet_jax.aunet.layers import kernel, norm_of, project, rms_norm
 from aunet_jax.aunet.quantize import matmul
 from aunet_jax.aunet.segments import Segments, take
 from aunet_jax.config import ModelConfig
@@ -98,8 +102,17 @@ def offset_matmul(
   )(x_BSE, slot_BL, offset_BL, kernel_OED)
 
 
+def _normed_matrix(params: dict, matrix) -> dict:
+  """A norm and its matrix for one position; {} without projections."""
+  if "kernel" not in params:
+    return {}
+  return {"norm": params["norm"]["scale"], "kernel": matrix(params["kernel"])}
+
+
 class Pool(nn.Module):
   """Keeps the boundary vectors and widens them to the next stage."""
+
+  CONTRACTED = {"kernel": (0,)}
 
   model: ModelConfig
   width: int
@@ -110,55 +123,157 @@ class Pool(nn.Module):
     if not self.model.parametric:
       return non_parametric_pool(x_BSD, self.width)
     D, E = x_BSD.shape[-1], self.width
-    param_dtype = jnp.dtype(self.model.param_dtype)
-    x_BSD = RMSNorm(self.model.norm_eps, param_dtype, name="norm")(x_BSD)
-    init = fan_in_init(D, ("embed", "transition"))
-    kernel_DE = self.param("kernel", init, (D, E), param_dtype)
-    return project(x_BSD, kernel_DE.astype(x_BSD.dtype))
+    x_BSD = norm_of(self.model)(name="norm")(x_BSD)
+    kernel_DE = kernel(self, "kernel", D, (D, E), ("embed", "transition"))
+    return project(x_BSD, kernel_DE)
+
+  @staticmethod
+  def weights(params: dict, matrix) -> dict:
+    return _normed_matrix(params, matrix)
+
+  @staticmethod
+  def step(weights, model: ModelConfig, width: int, x_CD) -> jax.Array:
+    """A boundary's vector, (C, width)."""
+    if not model.parametric:
+      return non_parametric_pool(x_CD[:, None], width)[:, 0]
+    x_CD = rms_norm(x_CD, weights["norm"], model.norm_eps)
+    return matmul(x_CD, weights["kernel"])
+
+  @staticmethod
+  def num_parameters(model: ModelConfig, D: int, E: int) -> dict[str, int]:
+    used = int(model.parametric)
+    return {"pool": used * D * E, "norms": used * D}
+
+
+# ----- upsampling -----------------------------------------------------------
 
 
 class Upsample(nn.Module):
   """Gives every fine position the coarse vector of its own segment.
 
-  multi_linear: a shared matrix plus one of O picked by the offset within the
-    segment, modulo O (paper Section 2.2; O = 16 and the wrap are the code's).
-  repeat: an embedding of the offset is added before the shared matrix.
-  simple: only the boundary itself gets the vector, other positions zero.
+  All kinds narrow the coarse vector by one matrix; a kind says what a position
+  gets by its offset, the distance to its boundary.
   """
+
+  CONTRACTED = {"kernel": (0,)}
 
   model: ModelConfig
   width: int
 
   @nn.compact
   def __call__(self, x_BSE: jax.Array, segments: Segments) -> jax.Array:
-    E, D, O = x_BSE.shape[-1], self.width, self.model.num_offsets
-    param_dtype = jnp.dtype(self.model.param_dtype)
-    norm = functools.partial(RMSNorm, self.model.norm_eps, param_dtype)
-
-    def kernel(name, shape, names):
-      init = fan_in_init(E, names)
-      return self.param(name, init, shape, param_dtype).astype(x_BSE.dtype)
-
+    E, D = x_BSE.shape[-1], self.width
     if self.model.parametric:
-      x_BSE = norm(name="norm")(x_BSE)
-      kernel_ED = kernel("kernel", (E, D), ("embed", "transition"))
-
-      def narrow(x):  # (..., S, E) -> (..., S, D)
-        return project(x, kernel_ED)
+      x_BSE = norm_of(self.model)(name="norm")(x_BSE)
+      kernel_ED = kernel(self, "kernel", E, (E, D), ("embed", "transition"))
+      narrow = functools.partial(project, kernel=kernel_ED)
     else:
       narrow = functools.partial(non_parametric_upsample, width=D)
-
     # Narrow at the coarse stage, then copy: S matmul rows instead of L.
     y_BLD = take(narrow(x_BSE), segments.slot_BL)
-    if self.model.upsampling == "simple":
-      return jnp.where(segments.boundary_BL[:, :, None], y_BLD, 0)
-    if self.model.upsampling == "repeat":
-      table_OE = kernel("offsets", (O, E), ("offset", "embed"))
-      offset_OD = narrow(table_OE[None])[0]  # linear: moves past the gather
-      return y_BLD + offset_OD[segments.offset_BL % O]
+    return self.by_offset(x_BSE, y_BLD, segments, narrow)
+
+  def by_offset(self, x_BSE, y_BLD, segments: Segments, narrow) -> jax.Array:
+    """y_BLD, the narrowed vectors at every position, with the offset's part."""
+    raise NotImplementedError
+
+  # ----- one position -------------------------------------------------------
+
+  @classmethod
+  def weights(cls, params: dict, model: ModelConfig, width: int, matrix):
+    return _normed_matrix(params, matrix)
+
+  @classmethod
+  def step(cls, weights, model: ModelConfig, width: int, x_CE) -> jax.Array:
+    """What every offset of a segment will get, (C, O, D)."""
+    if model.parametric:
+      x_CE = rms_norm(x_CE, weights["norm"], model.norm_eps)
+      y_CD = matmul(x_CE, weights["kernel"])
+    else:
+      y_CD = non_parametric_upsample(x_CE[:, None], width)[:, 0]
+    return cls.all_offsets(weights, model, x_CE, y_CD)
+
+  @staticmethod
+  def column(offset_C: jax.Array, num_columns: int) -> jax.Array:
+    """Which of `step`'s columns an offset reads."""
+    return offset_C % num_columns
+
+  @classmethod
+  def num_parameters(cls, model: ModelConfig, D: int, E: int) -> dict[str, int]:
+    used = int(model.parametric)
+    return {"upsample": used * D * E, "norms": used * E}
+
+  @classmethod
+  def flops(cls, model: ModelConfig, D, E, fine, coarse, padded=None) -> float:
+    """Forward FLOPs of `coarse` vectors for `fine` positions.
+
+    padded: rows of a device and its platform, for what it multiplies; None:
+    what the positions need.
+    """
+    return 2 * D * E * coarse if model.parametric else 0
+
+
+class Simple(Upsample):
+  """Only the boundary itself gets the vector, other positions zero."""
+
+  def by_offset(self, x_BSE, y_BLD, segments, narrow):
+    return jnp.where(segments.boundary_BL[:, :, None], y_BLD, 0)
+
+  @classmethod
+  def all_offsets(cls, weights, model, x_CE, y_CD):
+    """Two columns: the boundary, and all others."""
+    return jnp.stack([y_CD, jnp.zeros_like(y_CD)], axis=1)
+
+  @staticmethod
+  def column(offset_C, num_columns):
+    return jnp.minimum(offset_C, num_columns - 1)
+
+
+class Repeat(Upsample):
+  """An embedding of the offset is added before the shared matrix."""
+
+  def by_offset(self, x_BSE, y_BLD, segments, narrow):
+    E, O = x_BSE.shape[-1], self.model.num_offsets
+    table_OE = kernel(self, "offsets", E, (O, E), ("offset", "embed"))
+    offset_OD = narrow(table_OE[None])[0]  # linear: moves past the gather
+    return y_BLD + offset_OD[segments.offset_BL % O]
+
+  @classmethod
+  def weights(cls, params, model, width, matrix):
+    """The table is already narrowed."""
+    weights = super().weights(params, model, width, matrix)
+    table_OE = params["offsets"].astype(jnp.dtype(model.dtype))
+    if model.parametric:
+      weights["offsets"] = matmul(table_OE, weights["kernel"])
+    else:
+      weights["offsets"] = non_parametric_upsample(table_OE[None], width)[0]
+    return weights
+
+  @classmethod
+  def all_offsets(cls, weights, model, x_CE, y_CD):
+    return y_CD[:, None] + weights["offsets"][None]
+
+  @classmethod
+  def num_parameters(cls, model, D, E):
+    shared = super().num_parameters(model, D, E)
+    return shared | {"upsample": shared["upsample"] + model.num_offsets * E}
+
+
+class MultiLinear(Upsample):
+  """A matrix picked by the offset is added to the shared one.
+
+  By the offset modulo O (paper Section 2.2; O = 16 and the wrap are the
+  official code's).
+  """
+
+  CONTRACTED = {"kernel": (0,), "offsets": (1,)}
+
+  def by_offset(self, x_BSE, y_BLD, segments, narrow):
+    E, D, O = x_BSE.shape[-1], self.width, self.model.num_offsets
     if not self.model.parametric:
-      x_BSE = norm(name="offsets_norm")(x_BSE)
-    kernel_OED = kernel("offsets", (O, E, D), ("offset", "embed", "transition"))
+      x_BSE = norm_of(self.model)(name="offsets_norm")(x_BSE)
+    names = ("offset", "embed", "transition")
+    kernel_OED = kernel(self, "offsets", E, (O, E, D), names)
     # Gathered once here, not for every block of the grouped product.
     kernel_OED = nn.with_logical_constraint(
       kernel_OED, ("offset", "activation", "transition")
@@ -167,65 +282,48 @@ class Upsample(nn.Module):
       x_BSE, segments.slot_BL, segments.offset_BL, kernel_OED
     )
 
-
-def upsample_weights(upsample, config, width, cast, matrix):
-  weights = {}
-  if config.parametric:
-    weights["norm"] = upsample["norm"]["scale"]
-    weights["kernel"] = matrix(upsample["kernel"])
-  if config.upsampling == "repeat":
-    offsets_OE = cast(upsample["offsets"])
-    if config.parametric:
-      weights["offsets"] = matmul(offsets_OE, weights["kernel"])
-    else:
-      weights["offsets"] = non_parametric_upsample(offsets_OE[None], width)[0]
-  if config.upsampling == "multi_linear":
-    E = upsample["offsets"].shape[1]
+  @classmethod
+  def weights(cls, params, model, width, matrix):
+    """The O matrices side by side: one product reads them once for all bytes
+    of a segment."""
+    weights = super().weights(params, model, width, matrix)
+    E = params["offsets"].shape[1]
     weights["offsets"] = matrix(
-      upsample["offsets"].transpose(1, 0, 2).reshape(E, -1)
+      params["offsets"].transpose(1, 0, 2).reshape(E, -1)
     )
-    if not config.parametric:
-      weights["offsets_norm"] = upsample["offsets_norm"]["scale"]
-  return weights
+    if not model.parametric:
+      weights["offsets_norm"] = params["offsets_norm"]["scale"]
+    return weights
+
+  @classmethod
+  def all_offsets(cls, weights, model, x_CE, y_CD):
+    if not model.parametric:
+      x_CE = rms_norm(x_CE, weights["offsets_norm"], model.norm_eps)
+    C, D = y_CD.shape
+    y_COD = matmul(x_CE, weights["offsets"]).reshape(C, -1, D)
+    return y_CD[:, None] + y_COD
+
+  @classmethod
+  def num_parameters(cls, model, D, E):
+    shared = super().num_parameters(model, D, E)
+    return {
+      "upsample": shared["upsample"] + model.num_offsets * D * E,
+      "norms": E,  # of the shared matrix, or its own
+    }
+
+  @classmethod
+  def flops(cls, model, D, E, fine, coarse, padded=None):
+    shared = super().flops(model, D, E, fine, coarse)
+    if padded is not None:
+      rows, platform = padded
+      O = model.num_offsets
+      fine = grouped.rows_multiplied(rows * fine, O, platform) / rows
+    return shared + 2 * D * E * fine
 
 
-def pool(weights, config, i, x_CD):
-  """Transition i (1-based): a boundary vector widened to stage i + 1."""
-  if not config.parametric:
-    width = config.stages[i].dim
-    return non_parametric_pool(x_CD[:, None], width)[:, 0]
-  pool = weights[f"pool_{i}"]
-  return matmul(rms_norm(x_CD, pool["norm"], config.norm_eps), pool["kernel"])
+# By the names of `ModelConfig.upsampling`.
+UPSAMPLINGS = {"multi_linear": MultiLinear, "repeat": Repeat, "simple": Simple}
 
 
-def upsample(weights, config, i, x_CE):
-  """Transition i: what each offset of a segment will get, (C, O, D).
-
-  A segment is several bytes long, and one product with the O matrices side by
-  side reads them once for all its bytes. `simple` has two entries: the
-  boundary and all the others.
-  """
-  C, D = x_CE.shape[0], config.stages[i - 1].dim
-  upsample = weights[f"upsample_{i}"]
-  if config.parametric:
-    x_CE = rms_norm(x_CE, upsample["norm"], config.norm_eps)
-    y_CD = matmul(x_CE, upsample["kernel"])
-  else:
-    y_CD = non_parametric_upsample(x_CE[:, None], D)[:, 0]
-  if config.upsampling == "simple":
-    return jnp.stack([y_CD, jnp.zeros_like(y_CD)], axis=1)
-  if config.upsampling == "repeat":
-    return y_CD[:, None] + upsample["offsets"][None]
-  if not config.parametric:
-    x_CE = rms_norm(x_CE, upsample["offsets_norm"], config.norm_eps)
-  y_COD = matmul(x_CE, upsample["offsets"]).reshape(C, -1, D)
-  return y_CD[:, None] + y_COD
-
-
-def at_offset(config, up_COD, offset_C):
-  O = up_COD.shape[1]
-  if config.upsampling == "simple":
-    index_C = jnp.minimum(offset_C, O - 1)
-  else:
-    index_C = offset_C % O
-  return jnp.take_along_axis(up_COD, index_C[:, None, None], axis=1)[:, 0]
+def upsampling_of(model: ModelConfig) -> type[Upsample]:
+  return UPSAMPLINGS[model.upsampling]

@@ -23,9 +23,10 @@ import sys
 from collections.abc import Sequence
 
 from aunet_jax import config as config_lib
+from aunet_jax import terminal
 from aunet_jax.aunet import sharding
 from aunet_jax.compile import programs
-from aunet_jax.compile.report import __doc__, report, table
+from aunet_jax.compile.report import report, table
 from aunet_jax.train import setup
 
 
@@ -39,6 +40,7 @@ def _versions() -> dict[str, str]:
   return found
 
 
+@terminal.command
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m aunet_jax.compile",
@@ -70,18 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   args, rest = parser.parse_known_args(argv)
   argv = sys.argv[1:] if argv is None else argv
-  try:
-    for name in ("slices", "rows", "bytes"):
-      value = getattr(args, name)
-      if value is not None and value < 1:
-        raise ValueError(f"--{name}={value} must be a positive number.")
-    config = config_lib.parse_flags(rest)
-    devices = programs.topology_devices(args.topology, args.slices)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    setup.check_batch(config, mesh)
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  for name in ("slices", "rows", "bytes"):
+    value = getattr(args, name)
+    if value is not None and value < 1:
+      raise ValueError(f"--{name}={value} must be a positive number.")
+  config = config_lib.parse_flags(rest)
+  if args.topology is not None:
+    programs.compile_elsewhere(args.topology)
+  devices = programs.topology_devices(args.topology, args.slices)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  setup.check_batch(config, mesh)
   result = {
     "command": shlex.join(["python", "-m", "aunet_jax.compile", *argv]),
     "versions": _versions(),
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("error: does not fit; see above what to try.", file=sys.stderr)
   if args.json:
     print(json.dumps(result))
-  return 0 if result["fits"] else 1
+  return 0 if result["fits"] else terminal.EXIT_FAILED
 
 
 if __name__ == "__main__":

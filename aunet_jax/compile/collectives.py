@@ -23,26 +23,19 @@ KINDS = (
   "send",  # what TPU slices send each other
 )
 
-
 _BITS = {"pred": 8, "bf16": 16}  # others carry their width: f32, s8, f8e4m3fn
-
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
-
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-
 
 _OPCODE = re.compile(r"(?:^|\s)([a-z][a-z\-]*)\(")
 
-
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
-
 
 _CALLED = re.compile(
   r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
 )
-
 
 _CALLED_LIST = re.compile(
   r"\b(?:branch_computations|called_computations)=\{([^}]*)\}"

@@ -38,7 +38,6 @@ runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-
 _ROW_ARRAYS = ("bytes", "targets", "levels", "documents", "weights")
 
 
@@ -53,20 +52,15 @@ class DoesNotFit(Exception):
 # ----- devices --------------------------------------------------------------
 
 
-def topology_devices(name: str | None, num_slices: int = 1) -> list:
-  """Devices to compile for; None: those of this machine.
-
-  Raises: ValueError where the topology, or what compiles for it, is unknown.
+def compile_elsewhere(topology: str) -> None:
+  """Sets this process up to compile for a topology; call it before any device
+  is asked for. Compiling asks no accelerator, and several may compile at once.
   """
-  if name is None:
-    if num_slices > 1:
-      raise ValueError("--slices needs a --topology; this machine is one.")
-    return jax.devices()
-  kind, _, size = name.partition(":")
-  # Compiling asks no accelerator; several may compile at once.
   jax.config.update("jax_platforms", "cpu")
-  if kind == "h100":
-    return _h100s(name, size or "1", num_slices)
+  if topology.startswith("h100"):
+    flags = os.environ.get("XLA_FLAGS", "")  # no kernel can be timed here
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
+    return
   for key, value in (
     ("TPU_SKIP_MDS_QUERY", "1"),
     ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
@@ -75,6 +69,20 @@ def topology_devices(name: str | None, num_slices: int = 1) -> list:
     ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
   ):
     os.environ.setdefault(key, value)
+
+
+def topology_devices(name: str | None, num_slices: int = 1) -> list:
+  """Devices to compile for (after `compile_elsewhere`); None: this machine's.
+
+  Raises: ValueError where the topology, or what compiles for it, is unknown.
+  """
+  if name is None:
+    if num_slices > 1:
+      raise ValueError("--slices needs a --topology; this machine is one.")
+    return jax.devices()
+  kind, _, size = name.partition(":")
+  if kind == "h100":
+    return _h100s(name, size or "1", num_slices)
   options = {"num_slices": num_slices} if num_slices > 1 else {}
   if size in ("1", "1x1"):
     options["chips_per_host_bounds"] = (1, 1, 1)
@@ -98,8 +106,6 @@ def topology_devices(name: str | None, num_slices: int = 1) -> list:
 def _h100s(name: str, size: str, num_hosts: int) -> list:
   if not size.isdigit() or int(size) < 1:
     raise ValueError(f"--topology={name} must be h100:N, N GPUs of one host.")
-  flags = os.environ.get("XLA_FLAGS", "")  # no kernel can be timed here
-  os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
   try:
     return topologies.get_topology_desc(
       platform="cuda",
@@ -141,7 +147,10 @@ def compile_train(config: Config, mesh):
     jnp.int32,
     sharding=sharding.batch_sharding(mesh),
   )
-  batch = dict.fromkeys(_ROW_ARRAYS, row)
+  names = _ROW_ARRAYS
+  if config.data.tokenizer is not None:
+    names = (*names, "target_bytes")
+  batch = dict.fromkeys(names, row)
   return _compile(
     lambda: step.compile_step(
       config, tx, mesh, shardings, sharding.placed(abstract, shardings), batch
@@ -159,7 +168,7 @@ def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
     sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh)
   )
   rows = make_rows([b""] * num_rows, splitter, model.num_stages)
-  rings = prefill.ring_sizes(model, (0,) * model.num_stages, num_bytes)
+  slots = prefill.cache_sizes(model, (0,) * model.num_stages, num_bytes)
   choice = sampling.make_choice(
     sampling.Sampling(), [b""] * num_rows, [0] * num_rows, range(num_rows)
   )
@@ -170,7 +179,7 @@ def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
 
   def start(params):
     prefilled, _ = prefill.prefill(
-      params, make_weights(params), *rows[:4], config=short, rings=rings
+      params, make_weights(params), *rows[:4], config=short, slots=slots
     )
     limit_B = np.full((num_rows,), num_bytes, np.int32)
     return decode.start(

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from aunet_jax.aunet import attention, counts, sharding
-from aunet_jax.aunet import devices as devices_lib
-from aunet_jax.aunet.devices import memory_limit
+from aunet_jax.aunet import attention, counts, devices, sharding
+from aunet_jax.aunet.devices import GIB
 from aunet_jax.compile import collectives, programs
 from aunet_jax.config import Config
 from aunet_jax.train import optimizer, state
-
-GIB = devices_lib.GIB
-
 
 # ----- what was compiled ----------------------------------------------------
 
@@ -207,7 +203,7 @@ def report(
   Args: what: of "train" and "decode". decode_bytes: history in the caches;
     None: a whole row.
   """
-  limit = memory_limit(mesh.devices.flat[0])
+  limit = devices.memory_limit(mesh.devices.flat[0])
   if decode_bytes is None:
     decode_bytes = config.model.capacities[0]
   result = {

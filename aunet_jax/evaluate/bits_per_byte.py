@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from aunet_jax.aunet import loss, quantize, sharding
+from aunet_jax.aunet import loss, network, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.aunet.sharding import Batch, to_device
 from aunet_jax.config import BOS, EOS, DataConfig, MeshConfig
@@ -215,7 +215,7 @@ def evaluate_workdir(
     model = AUNet(dataclasses.replace(model.config, final_norm=False))
   params = loaded.params
   if int8:
-    params = quantize.round_params(params, model.config.upsampling)
+    params = network.round_params(params, model.config)
   began = time.perf_counter()
   ids, unit_bytes = (BOS, EOS), np.ones(model.config.vocab_size, np.int32)
   unit_bytes[list(ids)] = 0

@@ -1,11 +1,12 @@
 """Cached decoding: prefill, and one jitted loop that needs no history.
 
-The forward pass (`aunet.py`) is turned round so that a loop can run it one
-byte at a time. Per row of a batch the state holds, for every stage, the keys
-and values of the last `window` positions (a ring), the encoding of its newest
-position, the newest coarse vector (already upsampled, once per offset), the
-distance to the last boundary and the splitting automaton. Nothing grows, so a
-byte costs the same whatever came before it.
+The forward pass (`aunet/network.py`) is turned round so that a loop can run it
+one byte at a time. Per row of a batch the state holds, for every stage, what
+its mixer keeps of the past (attention: keys and values of the last `window`
+positions), the encoding of its newest position, the newest coarse vector
+(already upsampled, once per offset), the distance to the last boundary and the
+splitting automaton. Nothing grows, so a byte costs the same whatever came
+before it.
 
 Rows reach boundaries at different bytes. A row is therefore always waiting for
 one *phase* of the network:
@@ -19,14 +20,12 @@ and each turn of the loop runs one phase for a block of the rows that wait for
 it. `Schedule` says how large the blocks are and how many rows a phase waits
 for; every schedule gives the same bytes (docs/generation.md has timings).
 
-`step.py` has the mathematics of one position; `prefill.py` runs the model
-itself over the prompts.
+Each part of the network has its mathematics of one position, `step`, beside
+that of a row; `prefill.py` runs the model itself over the prompts.
 
-Letters: B rows of the batch, C rows of a block, L positions, S positions of a
-stage, W slots of a ring, D width, E width of the next stage, H query heads, G
-key/value heads, R query heads per key/value head, K head dim, F feed-forward,
-V vocabulary, O offsets, P phases, N stages, T turns of the loop, Z splitting
-automaton states.
+Letters: B rows of the batch, C rows of a block, D width, E width of the next
+stage, V vocabulary, O offsets, P phases, N stages, T turns of the loop, Z
+splitting automaton states.
 """
 
 import dataclasses
@@ -37,8 +36,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aunet_jax.aunet import cache, network, transition
-from aunet_jax.aunet.block import stack_step
+from aunet_jax.aunet import cache, network
+from aunet_jax.aunet.block import Stack
 from aunet_jax.config import ModelConfig
 from aunet_jax.data.rows import Rows
 from aunet_jax.generate.prefill import Prefilled
@@ -48,12 +47,14 @@ Choose = Callable[..., tuple[Any, jax.Array, jax.Array, jax.Array]]
 
 
 class State(NamedTuple):
-  """Everything a batch needs to go on; arrays only."""
+  """Everything a batch needs to go on; arrays only.
 
-  keys: dict  # stack -> list over layers of (B, G, W, K)
-  values: dict  # as keys
-  encoded: tuple  # stage -> (B, D): its contracting path at the newest position
-  up: tuple  # transition -> (B, O, D): newest coarse vector at each offset
+  Fields are named by the dims of their arrays, also where these are several.
+  """
+
+  caches: dict  # stack -> list over layers of what its mixer keeps
+  encoded_BD: tuple  # by stage: its contracting path at the newest position
+  up_BOD: tuple  # by transition: newest coarse vector at each offset
   offset_BN: jax.Array  # int32 (B, N - 1): distance to the last boundary
   position_BN: jax.Array  # int32: newest position of each stage
   level_B: jax.Array  # int32: level of the newest byte
@@ -123,12 +124,12 @@ def make_schedule(name: str, batch: int, config: ModelConfig) -> Schedule:
 # ----- phases ---------------------------------------------------------------
 
 
-class Turn:
-  """One phase at work: reads the State, collects the rings' writes."""
+class Call:
+  """One phase at work on a block of rows: reads the State, collects Writes."""
 
-  def __init__(self, weights, config, keys, values, rows_C):
+  def __init__(self, weights, config, caches, rows_C):
     self.weights, self.config = weights, config
-    self.keys, self.values = keys, values
+    self.caches = caches
     self.rows_C = rows_C
     self.writes: dict[str, cache.Write] = {}
 
@@ -141,12 +142,11 @@ class Turn:
   def run_stack(self, state, name, x_CD):
     """One position of every row through a named stack."""
     i = network.stack_names(self.config)[name]
-    x_CD, self.writes[name] = stack_step(
+    x_CD, self.writes[name] = Stack.step(
       self.weights[name],
       self.config.stages[i],
       self.config,
-      self.keys[name],
-      self.values[name],
+      self.caches[name],
       x_CD,
       self.take(state.position_BN)[:, i],
       self.rows_C,
@@ -156,27 +156,21 @@ class Turn:
   def all_writes(self, batch, schedule):
     """Writes for every stack, so that all phases return the same arrays."""
     writes = {}
-    for name, rings in self.keys.items():
-      _, G, _, K = rings[0].shape
-      of_bytes = network.stack_names(self.config)[name] == 0
-      C = schedule.byte_block if of_bytes else schedule.block
-      nothing = [jnp.zeros((C, G, K), rings[0].dtype)] * len(rings)
-      nowhere_C = jnp.full((C,), batch, jnp.int32)
+    for name, i in network.stack_names(self.config).items():
+      stage, caches = self.config.stages[i], self.caches[name]
+      C = schedule.byte_block if i == 0 else schedule.block
       writes[name] = self.writes.get(
-        name,
-        cache.Write(nowhere_C, jnp.zeros_like(nowhere_C), nothing, nothing),
+        name, Stack.no_write(stage, caches, batch, C)
       )
     return writes
 
   def expand(self, state, i):
     """Stage i's expanding path at its newest position (1-based i)."""
-    x_CD = transition.at_offset(
-      self.config,
-      self.take(state.up[i - 1]),
-      self.take(state.offset_BN)[:, i - 1],
-    )
+    up_COD = self.take(state.up_BOD[i - 1])
+    offset_C = self.take(state.offset_BN)[:, i - 1]
+    x_CD = network.at_offset(self.config, up_COD, offset_C)
     if self.config.stages[i - 1].skip:
-      x_CD += self.take(state.encoded[i - 1])
+      x_CD += self.take(state.encoded_BD[i - 1])
     return self.run_stack(state, f"expand_{i}", x_CD)
 
   def advance(self, state, i):
@@ -193,20 +187,21 @@ class Turn:
       jnp.where(goes_down_C, 0, offset_CN[:, i - 1] + 1)
     )
     back = 0 if i == 1 else 2 * N - 1 - i
-    encoded_BD = self.put(state.encoded[i - 1], encoded_CD)
+    encoded_BD = self.put(state.encoded_BD[i - 1], encoded_CD)
     return state._replace(
-      encoded=_set(state.encoded, i - 1, encoded_BD),
+      encoded_BD=_set(state.encoded_BD, i - 1, encoded_BD),
       offset_BN=self.put(state.offset_BN, offset_CN),
       phase_B=self.put(state.phase_B, jnp.where(goes_down_C, i, back)),
     )
 
   def leave(self, state, i, x_CE):
     """Stage i is through; its vector goes up to stage i - 1."""
-    up_COD = transition.upsample(self.weights, self.config, i - 1, x_CE)
+    up_COD = network.upsample(self.weights, self.config, i - 1, x_CE)
+    up_BOD = self.put(state.up_BOD[i - 2], up_COD)
     above = 0 if i == 2 else 2 * self.config.num_stages - i
     phase_C = jnp.full(self.rows_C.shape, above, jnp.int32)
     return state._replace(
-      up=_set(state.up, i - 2, self.put(state.up[i - 2], up_COD)),
+      up_BOD=_set(state.up_BOD, i - 2, up_BOD),
       phase_B=self.put(state.phase_B, phase_C),
     )
 
@@ -215,87 +210,91 @@ def _set(arrays: tuple, i: int, array) -> tuple:
   return (*arrays[:i], array, *arrays[i + 1 :])
 
 
-def _byte_phase(turn: Turn, splitter_step, choose, levels, state, output):
+def _byte_phase(
+  call: Call, splitter_step, choose, use_level_head, state, output
+):
   """Phase 0: predict, choose and read in one byte."""
-  weights, config = turn.weights, turn.config
+  weights, config = call.weights, call.config
   N = config.num_stages
-  h_CD = turn.take(state.encoded[0]) if N == 1 else turn.expand(state, 1)
-  count_C = turn.take(state.count_B)
+  h_CD = call.take(state.encoded_BD[0]) if N == 1 else call.expand(state, 1)
+  count_C = call.take(state.count_B)
   choice, byte_C, logprob_C, stop_C = choose(
-    state.choice, network.logits(weights, config, h_CD), count_C, turn.rows_C
+    state.choice, network.logits(weights, config, h_CD), count_C, call.rows_C
   )
-  splitter_CZ, level_C = splitter_step(turn.take(state.splitter_BZ), byte_C)
-  if levels == "head":
+  splitter_CZ, level_C = splitter_step(call.take(state.splitter_BZ), byte_C)
+  if use_level_head:
     level_C = network.predicted_level(weights, config, h_CD, byte_C)
-  stop_C |= count_C + 1 >= turn.take(state.limit_B)
-  at_C = turn.take(output.count_B)
+  stop_C |= count_C + 1 >= call.take(state.limit_B)
+  at_C = call.take(output.count_B)
 
   def put_out(array_BT, value_C):
-    return array_BT.at[turn.rows_C, at_C].set(
+    return array_BT.at[call.rows_C, at_C].set(
       value_C.astype(array_BT.dtype), mode="drop"
     )
 
   output = Output(
-    turn.put(output.count_B, at_C + 1),
+    call.put(output.count_B, at_C + 1),
     put_out(output.byte_BT, byte_C),
     put_out(output.level_BT, level_C),
     put_out(output.logprob_BT, logprob_C),
   )
   state = state._replace(
     choice=choice,
-    count_B=turn.put(state.count_B, count_C + 1),
-    done_B=turn.put(state.done_B, stop_C),
-    splitter_BZ=turn.put(state.splitter_BZ, splitter_CZ),
-    level_B=turn.put(state.level_B, level_C),
+    count_B=call.put(state.count_B, count_C + 1),
+    done_B=call.put(state.done_B, stop_C),
+    splitter_BZ=call.put(state.splitter_BZ, splitter_CZ),
+    level_B=call.put(state.level_B, level_C),
   )
-  state = turn.advance(state, 1)
+  state = call.advance(state, 1)
   x_CD = weights["embed"][byte_C]
-  x_CD = turn.run_stack(state, "deepest" if N == 1 else "contract_1", x_CD)
+  x_CD = call.run_stack(state, "deepest" if N == 1 else "contract_1", x_CD)
   if N == 1:
-    return state._replace(encoded=(turn.put(state.encoded[0], x_CD),)), output
-  return turn.enter(state, 1, x_CD), output
+    encoded_BD = call.put(state.encoded_BD[0], x_CD)
+    return state._replace(encoded_BD=(encoded_BD,)), output
+  return call.enter(state, 1, x_CD), output
 
 
-def _contract_phase(turn: Turn, i, state, output):
-  x_CD = turn.take(state.encoded[i - 2])
-  x_CE = transition.pool(turn.weights, turn.config, i - 1, x_CD)
-  state = turn.advance(state, i)
-  x_CE = turn.run_stack(state, f"contract_{i}", x_CE)
-  return turn.enter(state, i, x_CE), output
+def _contract_phase(call: Call, i, state, output):
+  x_CD = call.take(state.encoded_BD[i - 2])
+  x_CE = network.pool(call.weights, call.config, i - 1, x_CD)
+  state = call.advance(state, i)
+  x_CE = call.run_stack(state, f"contract_{i}", x_CE)
+  return call.enter(state, i, x_CE), output
 
 
-def _deepest_phase(turn: Turn, state, output):
-  N = turn.config.num_stages
-  x_CD = turn.take(state.encoded[N - 2])
-  x_CE = transition.pool(turn.weights, turn.config, N - 1, x_CD)
-  state = turn.advance(state, N)
-  x_CE = turn.run_stack(state, "deepest", x_CE)
-  return turn.leave(state, N, x_CE), output
+def _deepest_phase(call: Call, state, output):
+  N = call.config.num_stages
+  x_CD = call.take(state.encoded_BD[N - 2])
+  x_CE = network.pool(call.weights, call.config, N - 1, x_CD)
+  state = call.advance(state, N)
+  x_CE = call.run_stack(state, "deepest", x_CE)
+  return call.leave(state, N, x_CE), output
 
 
-def _expand_phase(turn: Turn, i, state, output):
-  return turn.leave(state, i, turn.expand(state, i)), output
+def _expand_phase(call: Call, i, state, output):
+  return call.leave(state, i, call.expand(state, i)), output
 
 
 def _phases(
-  weights, config, splitter_step, choose, levels, schedule
+  weights, config, splitter_step, choose, use_level_head, schedule
 ) -> list[Callable]:
-  """By number; (state, output, waits_B, keys, values) to the first two and
-  the writes of every stack."""
+  """By number: (State, Output, waits_B, caches) to the first two, changed, and
+  the Writes of every stack. The caches are apart from the State because phases
+  only read them."""
   N = config.num_stages
 
   def phase(work, *arguments):
-    def run_phase(state, output, waits_B, keys, values):
+    def run_phase(state, output, waits_B, caches):
       of_bytes = work is _byte_phase
       block = schedule.byte_block if of_bytes else schedule.block
       rows_C = _block_rows(state, waits_B, block)
-      turn = Turn(weights, config, keys, values, rows_C)
-      state, output = work(turn, *arguments, state, output)
-      return state, output, turn.all_writes(waits_B.shape[0], schedule)
+      call = Call(weights, config, caches, rows_C)
+      state, output = work(call, *arguments, state, output)
+      return state, output, call.all_writes(waits_B.shape[0], schedule)
 
     return run_phase
 
-  phases = [phase(_byte_phase, splitter_step, choose, levels)]
+  phases = [phase(_byte_phase, splitter_step, choose, use_level_head)]
   if N > 1:
     middle = range(2, N)
     phases += [phase(_contract_phase, i) for i in middle]
@@ -335,13 +334,6 @@ def _block_rows(state, waits_B, block):
   return jnp.where(waits_B[order_C], order_C, B).astype(jnp.int32)
 
 
-def _write(rings: list, write: cache.Write, entries: list) -> list:
-  return [
-    cache.put_slot(ring_BGWK, write.rows_C, write.slot_C, entry_CGK)
-    for ring_BGWK, entry_CGK in zip(rings, entries, strict=True)
-  ]
-
-
 def run(
   weights: dict,
   state: State,
@@ -352,16 +344,18 @@ def run(
   choose: Choose,
   schedule: Schedule,
   max_turns: int,
-  levels: str = "rule",
+  use_level_head: bool = False,
 ) -> tuple[State, Output]:
   """Generates until every row is done or `num_turns` phases have run.
 
   Args: num_turns: int32 scalar, at most `max_turns` (static, the size of the
-    output). choose: picks a byte per row; see `sampling.make_choose`. levels:
-    what gives a chosen byte its level: the splitting "rule" or the model's
-    level "head".
+    output). splitter_step: the splitting automaton's, which gives a chosen
+    byte its level; with `use_level_head` the model's level head gives it.
+    choose: picks a byte per row, as `sampling.choose` does.
   """
-  phases = _phases(weights, config, splitter_step, choose, levels, schedule)
+  phases = _phases(
+    weights, config, splitter_step, choose, use_level_head, schedule
+  )
   P = len(phases)
   B = state.done_B.shape[0]
   block_P = jnp.array(schedule.blocks(P), jnp.int32)
@@ -376,7 +370,7 @@ def run(
     turn, state, _ = carry
     return (turn < num_turns) & ~state.done_B.all()
 
-  def turn(carry):
+  def take_turn(carry):
     turn, state, output = carry
     phase, waits_B = _next_phase(state, schedule, P)
     num_rows = jnp.minimum(waits_B.sum(dtype=jnp.int32), block_P[phase])
@@ -384,28 +378,20 @@ def run(
       calls_P=state.calls_P.at[phase].add(1),
       rows_P=state.rows_P.at[phase].add(num_rows),
     )
-    keys, values = state.keys, state.values
-    small = state._replace(keys={}, values={})
+    caches = state.caches
+    arguments = (state._replace(caches={}), output, waits_B, caches)
     if P == 1:
-      small, output, writes = phases[0](small, output, waits_B, keys, values)
+      state, output, writes = phases[0](*arguments)
     else:
-      small, output, writes = jax.lax.switch(
-        phase, phases, small, output, waits_B, keys, values
-      )
-    state = small._replace(
-      keys={
-        name: _write(keys[name], write, write.keys)
-        for name, write in writes.items()
-      },
-      values={
-        name: _write(values[name], write, write.values)
-        for name, write in writes.items()
-      },
-    )
-    return turn + 1, state, output
+      state, output, writes = jax.lax.switch(phase, phases, *arguments)
+    caches = {
+      name: Stack.write(config.stages[i], caches[name], writes[name])
+      for name, i in network.stack_names(config).items()
+    }
+    return turn + 1, state._replace(caches=caches), output
 
   carry = (jnp.zeros((), jnp.int32), state, output)
-  _, state, output = jax.lax.while_loop(unfinished, turn, carry)
+  _, state, output = jax.lax.while_loop(unfinished, take_turn, carry)
   return state, output
 
 
@@ -418,7 +404,7 @@ def start(
   """The state in which every row waits to choose its first byte.
 
   Phase 0 then repeats the last prompt position's expanding path, which writes
-  the keys and values it already wrote.
+  to the caches what is already there.
   """
   B = rows.counts_BN.shape[0]
 
@@ -426,10 +412,7 @@ def start(
     return jnp.zeros((size,), jnp.int32)
 
   return State(
-    keys=prefilled.keys,
-    values=prefilled.values,
-    encoded=prefilled.encoded,
-    up=prefilled.up,
+    **prefilled._asdict(),
     offset_BN=jnp.asarray(rows.offset_BN),
     position_BN=jnp.asarray(rows.counts_BN) - 1,
     level_B=zeros(B),

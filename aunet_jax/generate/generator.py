@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey
 
-from aunet_jax.aunet import network, quantize, sharding
+from aunet_jax.aunet import network, sharding
 from aunet_jax.config import ModelConfig
 from aunet_jax.data.rows import Rows, make_rows
 from aunet_jax.generate import decode, prefill, sampling, utf8
@@ -95,7 +96,7 @@ def default_schedule(batch: int, mesh: Mesh | None) -> str:
   return "pack" if batch >= 32 else "half"  # blocks of few rows are slow
 
 
-_prefill = jax.jit(prefill.prefill, static_argnames=("config", "rings"))
+_prefill = jax.jit(prefill.prefill, static_argnames=("config", "slots"))
 
 
 run_program = jax.jit(
@@ -106,7 +107,7 @@ run_program = jax.jit(
     "choose",
     "schedule",
     "max_turns",
-    "levels",
+    "use_level_head",
   ),
   donate_argnames="state",
 )
@@ -133,22 +134,24 @@ def _prompt_scores(logits_BLV, bytes_BL, num_top) -> PromptScores:
 def state_shardings(state: State, mesh: Mesh) -> State:
   """Rows over `data`, heads over `tensor`; of arrays or their shapes.
 
-  Not over `fsdp`: with rows on both axes, XLA's partitioner (jax 0.10.2, CPU)
+  By the dims that fields are named after: B is a row, G a key/value head. Not
+  over `fsdp`: with rows on both axes, XLA's partitioner (jax 0.10.2, CPU)
   compiles the loop to one that mixes rows up.
   """
-  batch = state.done_B.shape[0]
-  rows = None if batch % mesh.shape["data"] else "data"
+  axes = {"B": "data", "G": "tensor"}
 
-  def place(x):
-    if x.ndim == 0 or x.shape[0] != batch:
-      spec = PartitionSpec()
-    elif x.ndim == 4 and x.shape[1] % mesh.shape["tensor"] == 0:
-      spec = PartitionSpec(rows, "tensor")
-    else:
-      spec = PartitionSpec(rows)
-    return NamedSharding(mesh, spec)
+  def place(path, x):
+    fields = [key.name for key in path if isinstance(key, GetAttrKey)]
+    dims = fields[-1].rpartition("_")[2]
+    spec = [
+      axis if axis and x.shape[i] % mesh.shape[axis] == 0 else None
+      for i, axis in enumerate(map(axes.get, dims))
+    ]
+    while spec and spec[-1] is None:  # else JAX takes it for another sharding
+      spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
-  return jax.tree.map(place, state)
+  return jax.tree.map_with_path(place, state)
 
 
 class Generator:
@@ -180,7 +183,7 @@ class Generator:
       )(params)
       self.params = params
       if int8:
-        self.params = quantize.round_params(params, config.upsampling)
+        self.params = network.round_params(params, config)
 
   @classmethod
   def from_workdir(
@@ -269,7 +272,7 @@ class Generator:
     """Prefills and gives (State, Rows, PromptScores), one row a sample."""
     config = self.config
     rows = make_rows(prompts, self.splitter, config.num_stages)
-    rings = prefill.ring_sizes(config, rows.capacities, max_bytes)
+    slots = prefill.cache_sizes(config, rows.capacities, max_bytes)
     prefilled, logits_BLV = _prefill(
       self.params,
       self.weights,
@@ -278,7 +281,7 @@ class Generator:
       rows.documents_BL,
       rows.counts_BN,
       config=config.with_capacities(rows.capacities),
-      rings=rings,
+      slots=slots,
     )
     scores = _prompt_scores(logits_BLV, rows.bytes_BL, num_top)
     if num_samples > 1:
@@ -433,7 +436,7 @@ class Generator:
         choose=sampling.choose,
         schedule=plan,
         max_turns=MAX_TURNS,
-        levels=levels,
+        use_level_head=levels == "head",
       )
       output, counters, top = jax.device_get(
         (output, counters_of(state), state.choice.memory.top)

@@ -26,7 +26,7 @@ from aunet_jax.config import (
   ModelConfig,
   StageConfig,
 )
-from tests.aunet.test_block import attention_loop, normal
+from tests.aunet.test_self_attention import attention_loop, normal
 
 KERNELS = {
   "xla": attention.blockwise,

@@ -8,12 +8,12 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aunet_jax.aunet import block, sharding
 from aunet_jax.config import ModelConfig, StageConfig
+from tests.aunet.test_self_attention import attention_loop, normal, rope_loop
 
 STAGE = StageConfig(
   dim=16,
@@ -25,72 +25,6 @@ STAGE = StageConfig(
   ffn_dim=24,
 )
 MODEL = ModelConfig(stages=(STAGE,), dtype="float32", rope_theta=100.0)
-
-
-def normal(seed, *shape):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-# ----- norm -----------------------------------------------------------------
-
-
-def test_rms_norm_is_its_formula():
-  x_BLD, scale_D = normal(0, 2, 3, 8), normal(1, 8)
-  params = {"params": {"scale": scale_D}}
-  y_BLD = block.RMSNorm(1e-5).apply(params, x_BLD)
-  mean_BL1 = (x_BLD.astype(np.float64) ** 2).mean(-1, keepdims=True)
-  expected_BLD = x_BLD / np.sqrt(mean_BL1 + 1e-5) * scale_D
-  np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-5, atol=1e-6)
-
-
-def test_rms_norm_of_bfloat16_is_computed_in_float32():
-  x_BLD = jnp.asarray(normal(0, 2, 3, 512) * 100, jnp.bfloat16)
-  params = {"params": {"scale": np.ones(512, np.float32)}}
-  y_BLD = block.RMSNorm(1e-5).apply(params, x_BLD)
-  assert y_BLD.dtype == jnp.bfloat16
-  whole_BLD = block.RMSNorm(1e-5).apply(params, x_BLD.astype(jnp.float32))
-  np.testing.assert_array_equal(y_BLD, whole_BLD.astype(jnp.bfloat16))
-
-
-# ----- rotary positions -----------------------------------------------------
-
-
-def rope_loop(x_K, position, theta):
-  """Rotates components j and j + K/2 by position * theta^(-2j/K)."""
-  K, y_K = len(x_K), np.zeros(len(x_K))
-  for j in range(K // 2):
-    angle = position * theta ** (-2 * j / K)
-    a, b = x_K[j], x_K[j + K // 2]
-    y_K[j] = a * np.cos(angle) - b * np.sin(angle)
-    y_K[j + K // 2] = b * np.cos(angle) + a * np.sin(angle)
-  return y_K
-
-
-def test_rope_is_that_of_a_loop():
-  position_BL = np.array([[0, 1, 2, 700], [0, 0, 1, 5]])
-  x_BLHK = normal(0, 2, 4, 3, 8)
-  cos_BLJ, sin_BLJ = block.rope_tables(position_BL, 8, 10_000.0)
-  assert cos_BLJ.dtype == sin_BLJ.dtype == jnp.float32
-  y_BLHK = block.apply_rope(x_BLHK, cos_BLJ, sin_BLJ)
-  for b, t, h in np.ndindex(2, 4, 3):
-    expected_K = rope_loop(x_BLHK[b, t, h], position_BL[b, t], 10_000.0)
-    # float32 angles of several hundred carry an error of about 1e-5.
-    np.testing.assert_allclose(y_BLHK[b, t, h], expected_K, atol=2e-4)
-
-
-def attention_loop(q_BLHK, k_BLGK, v_BLGK, seen_BLM):
-  """Softmax attention where a 0/1 matrix says which key a query sees."""
-  B, L, H, K = q_BLHK.shape
-  o_BLHK = np.zeros((B, L, H, K))
-  group = H // k_BLGK.shape[2]
-  for b, t, h in np.ndindex(B, L, H):
-    keys = np.flatnonzero(seen_BLM[b, t])
-    k_MK = k_BLGK[b, keys, h // group].astype(np.float64)
-    score_M = k_MK @ q_BLHK[b, t, h] / np.sqrt(K)
-    weight_M = np.exp(score_M - score_M.max())
-    weight_M /= weight_M.sum()
-    o_BLHK[b, t, h] = weight_M @ v_BLGK[b, keys, h // group]
-  return o_BLHK
 
 
 # ----- block and stack ------------------------------------------------------

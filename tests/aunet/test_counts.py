@@ -4,14 +4,13 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aunet_jax.aunet import counts, devices, grouped, sharding
+from aunet_jax.aunet import counts, grouped, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.config import ModelConfig, StageConfig
 from aunet_jax.counts import main
@@ -185,27 +184,6 @@ def test_memory_of_weights_and_cache():
   assert memory["optimizer"] == 2 * sum(sizes)
   # Stage 1: 4 blocks, 32 wide, 32 positions; stage 2: 2 of 2 heads of 16, 48.
   assert memory["kv_cache_per_row"] == 4 * (4 * 2 * 32 * 32 + 2 * 2 * 32 * 48)
-
-
-@pytest.mark.parametrize(
-  ("kind", "flops"),
-  [
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA H100 80GB HBM3", 989e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-  ],
-)
-def test_peak_flops_of_known_devices(kind, flops):
-  assert devices.peak_flops(types.SimpleNamespace(device_kind=kind)) == flops
-
-
-def test_a_cpu_has_no_known_peak():
-  assert devices.peak_flops(jax.devices()[0]) is None
 
 
 ROOT = pathlib.Path(__file__).parents[2]

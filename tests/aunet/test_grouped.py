@@ -1,6 +1,6 @@
 """Work of the grouped product, and the sizes where its tiles do not fit.
 
-That it is right, under any mesh, `test_pooling.py` checks with both kernels.
+That it is right, under any mesh, `test_transition.py` checks with both kernels.
 
 Letters: R rows of x, N products, G groups, E and D widths.
 """

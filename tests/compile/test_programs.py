@@ -178,6 +178,40 @@ def test_a_refusal_of_the_compiler_is_read(
   assert memory["needed"] == needed
 
 
+def test_a_model_of_tokens_is_compiled_with_the_arrays_it_trains_on(
+  monkeypatch,
+):
+  batches = []
+  monkeypatch.setattr(step, "compile_step", lambda *args: batches.append(args))
+  config = tiny("--config.mesh.fsdp=8")
+  stages = config.model.stages[:1]
+  tokens = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, stages=stages),
+    data=dataclasses.replace(config.data, tokenizer="tokenizer.json"),
+  )
+  for c in (config, tokens):
+    programs.compile_train(c, sharding.make_mesh(c.mesh))
+  of_bytes, of_tokens = (args[-1] for args in batches)
+  assert of_tokens.keys() - of_bytes.keys() == {"target_bytes"}
+
+
+def test_a_late_error_is_one_line(capsys, monkeypatch):
+  def refuse(*arguments):
+    raise ValueError("stage 1: attention='splash' needs tpu devices.")
+
+  monkeypatch.setattr(step, "compile_step", refuse)
+  status, out, err = run_cli(capsys, "--config.mesh.fsdp=8")
+  assert status == 2 and out == "" and "Traceback" not in err
+  assert err.splitlines()[-1].startswith("error: stage 1: attention=")
+
+
+def test_help_tells_how_to_call_it(capsys):
+  with pytest.raises(SystemExit):
+    compile_main.main(["--help"])
+  assert "--topology=v5e:4x4" in capsys.readouterr().out
+
+
 def test_other_errors_of_the_compiler_are_not_hidden(monkeypatch):
   def fail(*arguments):
     raise jax.errors.JaxRuntimeError("INTERNAL: a bug")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from aunet_jax import config as config_lib
-from aunet_jax.aunet import loss, network, quantize, sharding
+from aunet_jax.aunet import loss, network, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.evaluate import __main__ as evaluate_main
 from aunet_jax.evaluate import bits_per_byte, score
@@ -131,7 +131,7 @@ def test_int8_scores_the_rounded_matrices(workdir, texts):
     )
     for int8 in (False, True)
   )
-  params = quantize.round_params(loaded.params, "multi_linear")
+  params = network.round_params(loaded.params, loaded.config.model)
   expected = nats_of_pieces(loaded._replace(params=params), TEXTS[0], 128)
   assert rounded["nats"] == pytest.approx(expected, rel=1e-5)
   assert rounded["nats"] != exact["nats"]

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
 from aunet_jax.aunet import network, sharding
 from aunet_jax.aunet.network import AUNet, init_params
-from aunet_jax.config import ModelConfig, StageConfig
+from aunet_jax.config import MeshConfig, ModelConfig, StageConfig
 from aunet_jax.data.rows import make_rows
-from aunet_jax.generate import decode, prefill
+from aunet_jax.generate import decode, generator, prefill, sampling
 from aunet_jax.splitting.splitter import Splitter
 
 # float32 sums in another order; the logits are of order 1.
@@ -116,7 +117,13 @@ def follow(carry, logits_CV, count_C, rows_C):
 
 @functools.partial(
   jax.jit,
-  static_argnames=("config", "rings", "schedule", "splitter_step", "levels"),
+  static_argnames=(
+    "config",
+    "slots",
+    "schedule",
+    "splitter_step",
+    "use_level_head",
+  ),
   compiler_options=FAST_COMPILE,
 )
 def decode_forced(
@@ -124,10 +131,10 @@ def decode_forced(
   rows,
   forced_BT,
   config,
-  rings,
+  slots,
   schedule,
   splitter_step,
-  levels="rule",
+  use_level_head=False,
 ):
   """Prompt logits (B, L, V) and decoded logits (B, T, V)."""
   B, T = forced_BT.shape
@@ -138,7 +145,7 @@ def decode_forced(
       weights,
       *rows[:4],
       config=config,
-      rings=rings,
+      slots=slots,
     )
     choice = (forced_BT, jnp.zeros((B, T, config.vocab_size)))
     state = decode.start(
@@ -157,7 +164,7 @@ def decode_forced(
       choose=follow,
       schedule=schedule,
       max_turns=T,
-      levels=levels,
+      use_level_head=use_level_head,
     )
   return prompt_logits, state.choice[1], output, state
 
@@ -173,7 +180,7 @@ def check(config, params, prompts, forced_BT, schedule, capacities=None):
     rows,
     forced_BT,
     config=config.with_capacities(capacities or rows.capacities),
-    rings=prefill.ring_sizes(config, rows.capacities, T),
+    slots=prefill.cache_sizes(config, rows.capacities, T),
     schedule=plan,
     splitter_step=splitter.step,
   )
@@ -305,10 +312,10 @@ def test_the_level_head_cuts_what_is_written():
     rows,
     forced_BT,
     config=config.with_capacities(rows.capacities),
-    rings=prefill.ring_sizes(config, rows.capacities, T),
+    slots=prefill.cache_sizes(config, rows.capacities, T),
     schedule=decode.make_schedule("pack", 4, config),
     splitter_step=splitter.step,
-    levels="head",
+    use_level_head=True,
   )
   assert len(np.unique(output.level_BT)) == 3
   for b, prompt in enumerate(prompts):
@@ -359,12 +366,46 @@ def test_any_bytes_decode_as_the_forward_pass(prompts, forced):
   check(config, params, texts, forced_BT, "pack", capacities=(64, 64, 64))
 
 
-def test_a_ring_keeps_the_last_positions():
-  history_BSGK = jnp.arange(2 * 9).reshape(2, 9, 1, 1)
-  ring_BGWK = prefill._ring(history_BSGK, jnp.array([9, 2]), 4)
-  # Row 0 holds positions 5-8 at slots 1, 2, 3, 0; row 1 has only 0 and 1.
-  assert ring_BGWK[0, 0, :, 0].tolist() == [8, 5, 6, 7]
-  assert ring_BGWK[1, 0, :2, 0].tolist() == [9, 10]
+def abstract_state(config, batch, size):
+  """The shapes of a loop's state, with every part that sampling may carry."""
+  rows = make_rows([b"a"] * batch, make_splitter(config.rules), 2)
+  setting = sampling.Sampling(no_repeat=4)
+  choice = sampling.make_choice(
+    setting, [b"a"] * batch, [0] * batch, range(batch), [b"stop"]
+  )
+  params = random_params(config)
+
+  def start(params):
+    weights = network.make_weights(params, config)
+    prefilled, _ = prefill.prefill(
+      params,
+      weights,
+      *rows[:4],
+      config=config,
+      slots=prefill.cache_sizes(config, rows.capacities, size),
+    )
+    P = decode.num_phases(config)
+    return decode.start(prefilled, rows, np.full(batch, size), choice, P)
+
+  return jax.eval_shape(start, params)
+
+
+def test_a_state_is_placed_by_what_its_fields_are_called():
+  config, _ = make_model(2, num_kv_heads=2)
+  state = abstract_state(config, 2, 8)  # as many rows as phases
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  placed = generator.state_shardings(state, mesh)
+  for path, x in jax.tree.leaves_with_path(state):
+    (*_, field) = [key.name for key in path if hasattr(key, "name")]
+    dims = field.rpartition("_")[2]
+    assert x.ndim == (len(dims) if dims.isupper() else 0), field
+  choice, ring = placed.choice, placed.caches["deepest"][0]
+  heads, rows = PartitionSpec("data", "tensor"), PartitionSpec("data")
+  assert ring.keys_BGWK.spec == ring.values_BGWK.spec == heads
+  for field in (placed.done_B, placed.up_BOD[0], choice.key_B):
+    assert field.spec == choice.memory.history.byte_BH.spec == rows
+  for field in (placed.calls_P, choice.settings.stop_QS, choice.settings.top_k):
+    assert field.spec == PartitionSpec()
 
 
 def test_rows_count_every_stage():
