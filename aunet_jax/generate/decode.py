@@ -403,8 +403,8 @@ def start(
 ) -> State:
   """The state in which every row waits to choose its first byte.
 
-  Phase 0 then repeats the last prompt position's expanding path, which writes
-  to the caches what is already there.
+  Phase 0 begins with the last prompt position's expanding path, whose caches
+  hold the positions before it.
   """
   B = rows.counts_BN.shape[0]
 

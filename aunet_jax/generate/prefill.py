@@ -71,10 +71,13 @@ def prefill(
     index_B11 = counts_BN[:, i][:, None, None] - 1
     return jnp.take_along_axis(x_BSD, index_B11, axis=1)[:, 0]
 
-  caches = {
-    name: Stack.fill(history[name], config.stages[i], counts_BN[:, i], slots[i])
-    for name, i in network.stack_names(config).items()
-  }
+  caches = {}
+  for name, i in network.stack_names(config).items():
+    count_B = counts_BN[:, i]
+    if name == "expand_1":  # the loop begins with its newest position
+      count_B -= 1
+    stage = config.stages[i]
+    caches[name] = Stack.fill(history[name], stage, count_B, slots[i])
   up_BOD = tuple(
     network.upsample(weights, config, i, last(f"coarse_{i + 1}", i))
     for i in range(1, N)

@@ -135,6 +135,7 @@ def decode_forced(
   schedule,
   splitter_step,
   use_level_head=False,
+  num_turns=None,
 ):
   """Prompt logits (B, L, V) and decoded logits (B, T, V)."""
   B, T = forced_BT.shape
@@ -158,7 +159,7 @@ def decode_forced(
     state, output = decode.run(
       weights,
       state,
-      jnp.int32(100 * T),
+      jnp.int32(100 * T if num_turns is None else num_turns),
       config=config,
       splitter_step=splitter_step,
       choose=follow,
@@ -257,6 +258,24 @@ def test_decoding_equals_the_forward_pass(num_stages, changes, schedule):
     if schedule == "pack":
       slots = int(state.calls_P[deepest]) * plan.block
       assert slots <= 1.25 * boundaries
+
+
+def test_a_call_runs_as_many_turns_as_it_is_given():
+  config, params = make_model(1)
+  rows = make_rows([b"ab", b""], make_splitter(()), 1)
+  forced_BT = np.stack([np.frombuffer(CONTINUATION[:8], np.uint8)] * 2)
+  _, _, output, state = decode_forced(
+    params,
+    rows,
+    forced_BT.astype(np.int32),
+    config=config.with_capacities(rows.capacities),
+    slots=prefill.cache_sizes(config, rows.capacities, 8),
+    schedule=decode.make_schedule("any", 2, config),
+    splitter_step=make_splitter(()).step,
+    num_turns=3,
+  )
+  assert output.count_B.tolist() == state.count_B.tolist() == [3, 3]
+  assert state.calls_P.tolist() == [3] and not state.done_B.any()
 
 
 def test_rings_hold_all_that_a_window_without_limit_sees():
