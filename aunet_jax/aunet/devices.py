@@ -24,6 +24,9 @@ class Device:
   link_bandwidth: float | None
   # What XLA says is there for a program.
   memory: float | None = None
+  # Cycles/s in which its compiler estimates: the peak over the FLOPs of a cycle
+  # of its matrix units. Where the compiler gives none, a cycle is a nanosecond.
+  clock: float = 1e9
 
 
 # The first whose name is part of a device's kind is that device.
@@ -39,14 +42,15 @@ DEVICES = (
   Device("a100 80gb pcie", 312e12, 1.935e12, 600e9),
   Device("a100", 312e12, 2.039e12, 600e9),
   Device("tpu7x", 2307e12 / 2, 7.38e12 / 2, 1200e9 / 2),
-  Device("v6e", 918e12, 1.64e12, 800e9, 31.25 * GIB),
-  Device("v6 lite", 918e12, 1.64e12, 800e9, 31.25 * GIB),
-  Device("v5e", 197e12, 0.819e12, 400e9, 15.75 * GIB),
-  Device("v5 lite", 197e12, 0.819e12, 400e9, 15.75 * GIB),
-  Device("v5", 459e12, 2.765e12, 1200e9, 95.74 * GIB),  # v5p names itself so
+  Device("v6e", 918e12, 1.64e12, 800e9, 31.25 * GIB, 1.75e9),
+  Device("v6 lite", 918e12, 1.64e12, 800e9, 31.25 * GIB, 1.75e9),
+  Device("v5e", 197e12, 0.819e12, 400e9, 15.75 * GIB, 1.5e9),
+  Device("v5 lite", 197e12, 0.819e12, 400e9, 15.75 * GIB, 1.5e9),
+  # v5p names itself so
+  Device("v5", 459e12, 2.765e12, 1200e9, 95.74 * GIB, 1.75e9),
   # A running v4 joins its two cores; ahead of time each is a device, and XLA
   # then gives a program half of the chip's memory.
-  Device("v4", 275e12, 1.228e12, 300e9, 15.25 * GIB),
+  Device("v4", 275e12, 1.228e12, 300e9, 15.25 * GIB, 1.05e9),
 )
 
 

@@ -12,6 +12,12 @@ chips send each other, and whether that is what the mesh should cost.
   --topology=h100:8      one host of NVIDIA H100 (needs '.[cuda]')
   no --topology          the devices of this machine
 
+--time predicts each program's time by stage, part and pass, from the estimates
+that the TPU compiler writes into it (elsewhere by a roofline). --compare shows
+what changed between two outputs of --time --json:
+
+  python -m aunet_jax.compile --compare before.json after.json
+
 Exit status: 0 compiled and fits, 1 does not fit, 2 bad input.
 """
 
@@ -25,7 +31,7 @@ from collections.abc import Sequence
 from aunet_jax import config as config_lib
 from aunet_jax import terminal
 from aunet_jax.aunet import sharding
-from aunet_jax.compile import programs
+from aunet_jax.compile import programs, step_time
 from aunet_jax.compile.report import report, table
 from aunet_jax.train import setup
 
@@ -68,10 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="compare FLOPs with XLA's count, from small unrolled programs",
   )
   parser.add_argument(
+    "--time", action="store_true", help="predict the time by part"
+  )
+  parser.add_argument(
+    "--compare",
+    nargs=2,
+    metavar="FILE",
+    help="two files that end in the JSON of --time",
+  )
+  parser.add_argument(
     "--json", action="store_true", help="the last line is one JSON object"
   )
   args, rest = parser.parse_known_args(argv)
   argv = sys.argv[1:] if argv is None else argv
+  if args.compare is not None:
+    print(step_time.compare(*args.compare))
+    return 0
   for name in ("slices", "rows", "bytes"):
     value = getattr(args, name)
     if value is not None and value < 1:
@@ -94,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       decode_rows=args.rows,
       decode_bytes=args.bytes,
       check=args.check,
+      time_parts=args.time,
       say=lambda line: print(line, file=sys.stderr, flush=True),
     ),
   }

@@ -14,6 +14,8 @@ import dataclasses
 import math
 import re
 
+from aunet_jax.compile import hlo as hlo_lib
+
 KINDS = (
   "all-gather",
   "reduce-scatter",
@@ -21,24 +23,6 @@ KINDS = (
   "collective-permute",
   "all-to-all",
   "send",  # what TPU slices send each other
-)
-
-_BITS = {"pred": 8, "bf16": 16}  # others carry their width: f32, s8, f8e4m3fn
-
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-
-_OPCODE = re.compile(r"(?:^|\s)([a-z][a-z\-]*)\(")
-
-_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
-
-_CALLED = re.compile(
-  r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
-)
-
-_CALLED_LIST = re.compile(
-  r"\b(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
 
 
@@ -55,66 +39,7 @@ class Collective:
   @property
   def bytes(self) -> int:
     """Of all its runs."""
-    return self.times * sum(_num_bytes(*shape) for shape in self.shapes)
-
-
-def _num_bytes(dtype: str, dims: tuple[int, ...]) -> int:
-  bits = _BITS.get(dtype) or int(re.match(r"[a-z]+(\d+)", dtype)[1])
-  return math.prod(dims) * bits // 8
-
-
-def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
-  return [
-    (dtype, tuple(int(n) for n in dims.split(",") if n))
-    for dtype, dims in _SHAPE.findall(text)
-  ]
-
-
-class _Computation:
-  def __init__(self):
-    self.opcode: dict[str, str] = {}
-    self.kind_of: dict[str, str] = {}  # "type opcode" text before the bracket
-    self.line: dict[str, str] = {}
-    self.root: str | None = None
-
-
-def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
-  """Computations by name, and the entry's name."""
-  computations, entry, current = {}, None, None
-  for line in hlo.splitlines():
-    header = _HEADER.match(line)
-    if header:
-      current = computations[header[2]] = _Computation()
-      entry = header[2] if header[1] else entry
-      continue
-    match = _INSTRUCTION.match(line)
-    opcode = _OPCODE.search(match[2]) if match and current else None
-    if opcode is None:
-      continue
-    name = match[1]
-    current.opcode[name] = opcode[1]
-    current.kind_of[name] = match[2][: opcode.start()]
-    current.line[name] = match[2]
-    if line.lstrip().startswith("ROOT "):
-      current.root = name
-  if entry is None:
-    raise ValueError("this text is not the HLO of a compiled program.")
-  return computations, entry
-
-
-def _trip_count(line: str, computations: dict[str, _Computation]) -> int | None:
-  """Times a loop runs; None where only the data decide."""
-  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-  if known:
-    return int(known[1])
-  condition = computations[re.search(r"condition=%?([\w.\-]+)", line)[1]]
-  root = condition.line[condition.root]
-  compared = re.search(r"compare\(([^)]*)\), direction=LT", root)
-  if compared is None:
-    return None
-  limit = compared[1].split("%")[-1].strip()
-  value = re.search(r"constant\((\d+)\)", condition.line.get(limit, ""))
-  return int(value[1]) if value else None
+    return self.times * sum(hlo_lib.num_bytes(*shape) for shape in self.shapes)
 
 
 def _group_size(line: str, num_devices: int) -> int:
@@ -130,12 +55,15 @@ def _group_size(line: str, num_devices: int) -> int:
   return listed[1].count(",") + 1 if listed else num_devices
 
 
-def _collective(comp_name, comp, name, times, num_devices):
+def of_instruction(
+  comp_name, comp, name, times, num_devices
+) -> Collective | None:
+  """The collective that an instruction is, if it is one."""
   opcode, line = comp.opcode[name], comp.line[name]
   kind = opcode.removesuffix("-start")
   if kind not in KINDS:
     return None
-  shapes = _shapes(comp.kind_of[name])
+  shapes = hlo_lib.shapes(comp.kind_of[name])
   # (operands, results)
   if opcode in ("all-gather-start", "reduce-scatter-start", "all-to-all-start"):
     shapes = shapes[len(shapes) // 2 :]
@@ -151,10 +79,8 @@ def _collective(comp_name, comp, name, times, num_devices):
     kind = "reduce-scatter"
   elif kind == "reduce-scatter":
     shapes = [(dtype, (group_size, *dims)) for dtype, dims in shapes]
-  op_name = re.search(r'op_name="([^"]*)"', line)
-  return Collective(
-    kind, tuple(shapes), times, group_size, op_name[1] if op_name else ""
-  )
+  where = hlo_lib.op_name(line)
+  return Collective(kind, tuple(shapes), times, group_size, where)
 
 
 def find(hlo: str) -> tuple[list[Collective], list[str]]:
@@ -165,7 +91,7 @@ def find(hlo: str) -> tuple[list[Collective], list[str]]:
   Args: hlo: `compiled.as_text()`.
   Raises: ValueError where the text is something else.
   """
-  computations, entry = _parse(hlo)
+  computations, entry = hlo_lib.parse(hlo)
   partitions = re.search(r"num_partitions=(\d+)", hlo)
   num_devices = int(partitions[1]) if partitions else 1
   found: dict[tuple, Collective] = {}
@@ -176,7 +102,7 @@ def find(hlo: str) -> tuple[list[Collective], list[str]]:
     comp = computations[comp_name]
     for name, opcode in comp.opcode.items():
       line = comp.line[name]
-      collective = _collective(comp_name, comp, name, times, num_devices)
+      collective = of_instruction(comp_name, comp, name, times, num_devices)
       if collective is not None:
         channel = re.search(r"channel_id=(\d+)", line)
         key = (owner, channel[1] if channel else name)
@@ -184,12 +110,10 @@ def find(hlo: str) -> tuple[list[Collective], list[str]]:
         if key not in found or collective.kind == "reduce-scatter":
           found[key] = collective
         continue
-      called = _CALLED.findall(line)
-      for names in _CALLED_LIST.findall(line):
-        called += re.findall(r"%?([\w.\-]+)", names)
+      called = hlo_lib.called(line)
       trips = 1
       if opcode == "while":
-        count = _trip_count(line, computations)
+        count = hlo_lib.trip_count(line, computations)
         if count is None:
           unknown.append(name)
         trips = 1 if count is None else count

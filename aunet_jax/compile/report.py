@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from aunet_jax.aunet import attention, counts, devices, sharding
+from aunet_jax.aunet.block import mixer_of
 from aunet_jax.aunet.devices import GIB
-from aunet_jax.compile import collectives, programs
+from aunet_jax.compile import collectives, programs, step_time
 from aunet_jax.config import Config
 from aunet_jax.train import optimizer, state
 
@@ -185,6 +186,46 @@ def check_flops(config: Config, mesh) -> dict:
   }
 
 
+def predict_time(config: Config, mesh, hlo: str, *, training: bool) -> dict:
+  """A program's `step_time.predict`, with what it means for the model."""
+  device = mesh.devices.flat[0]
+  known = _known_device(mesh)
+  rows = config.train.batch_size // config.train.grad_accumulation
+  rows /= mesh.shape["data"] * mesh.shape["fsdp"]
+
+  def kernel_flops(stage, which):
+    # Backward, the kernel forms five products where forward has two.
+    stage = config.model.stages[stage - 1]
+    platform = sharding.platform(mesh)
+    forward = mixer_of(stage).flops(stage, stage.capacity, platform)
+    forward *= rows / mesh.shape["tensor"]
+    return forward * (2.5 if which == "backward" else 1)
+
+  time = step_time.predict(
+    hlo,
+    step_time.calibrate(device, known),
+    known,
+    config.model.num_stages,
+    kernel_flops,
+  )
+  if training:
+    useful = flops_per_device(config, mesh)["useful"]
+    time["predicted_useful_mfu"] = useful / (time["seconds"] * known.flops)
+    positions = config.train.batch_size * config.model.capacities[0] / mesh.size
+    time["bytes_per_second"] = positions / time["seconds"]
+  return time
+
+
+def _known_device(mesh) -> devices.Device:
+  known = devices.find(mesh.devices.flat[0])
+  if known is None:
+    raise ValueError(
+      f"--time knows no rates of {mesh.devices.flat[0].device_kind!r}; name a "
+      f"device that it knows, as --topology=v5e:4x4."
+    )
+  return known
+
+
 # ----- the report -----------------------------------------------------------
 
 
@@ -196,13 +237,17 @@ def report(
   decode_rows: int = 8,
   decode_bytes: int | None = None,
   check: bool = False,
+  time_parts: bool = False,
   say=lambda line: None,
 ) -> dict:
   """Compiles and measures the named programs; JSON-able.
 
   Args: what: of "train" and "decode". decode_bytes: history in the caches;
-    None: a whole row.
+    None: a whole row. time_parts: predict the time of each program by part.
+  Raises: ValueError where a device's rates are not known, to predict with.
   """
+  if time_parts:
+    _known_device(mesh)
   limit = devices.memory_limit(mesh.devices.flat[0])
   if decode_bytes is None:
     decode_bytes = config.model.capacities[0]
@@ -243,9 +288,10 @@ def report(
         program["check"] = check_flops(config, mesh)
     else:
       program |= {"rows": decode_rows, "history_bytes": decode_bytes}
-    program["collectives"] = traffic(
-      config, mesh, compiled.as_text(), training=name == "train"
-    )
+    hlo, training = compiled.as_text(), name == "train"
+    program["collectives"] = traffic(config, mesh, hlo, training=training)
+    if time_parts:
+      program["time"] = predict_time(config, mesh, hlo, training=training)
     result["programs"][name] = program
   result["fits"] = all(p["fits"] for p in result["programs"].values())
   return result
@@ -320,6 +366,8 @@ def table(result: dict) -> str:
         f"({check['counted_by_xla'] / check['expected'] - 1:+.1%})"
       )
     lines += _traffic_lines(program["collectives"])
+    if "time" in program:
+      lines += step_time.lines(program["time"])
   return "\n".join(lines)
 
 
