@@ -141,7 +141,7 @@ def test_the_last_line_is_json(capsys):
 
 
 def test_what_does_not_fit_is_said_with_what_to_try(capsys, monkeypatch):
-  monkeypatch.setattr(report_lib, "memory_limit", lambda device: 1e5)
+  monkeypatch.setattr(report_lib.devices, "memory_limit", lambda device: 1e5)
   status, out, err = run_cli(capsys, "--json", "--config.mesh.fsdp=8")
   assert status == 1 and "does not fit" in err
   assert "DOES NOT FIT" in out and "mesh.tensor" in out and "remat" in out
