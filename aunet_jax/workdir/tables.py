@@ -62,8 +62,11 @@ def keep(workdir: str | Path, rules: Sequence[str]) -> None:
 
 def _lies_in(path: Path, workdir: Path) -> bool:
   """Whether it is a file of the workdir's own, not a link out of it."""
-  inside = path.resolve().is_relative_to(workdir.resolve())
-  return inside and path.is_file()
+  try:
+    inside = path.resolve().is_relative_to(workdir.resolve())
+    return inside and path.is_file()
+  except (OSError, ValueError):  # a name that no file can have
+    return False
 
 
 def _trusted(workdir: Path, number: int, rule: str, trust_rules: bool) -> str:

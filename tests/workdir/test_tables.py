@@ -182,8 +182,11 @@ def test_a_link_out_of_the_workdir_is_outside(outside, name):
     open_rules(outside)
 
 
-def test_a_device_is_no_table(outside):
-  rename_rule(outside, "tokens@/dev/zero")
+@pytest.mark.parametrize(
+  "name", ["/dev/zero", "..", ".", "a\0b", "x" * 5000, "~/.ssh/id_rsa"]
+)
+def test_what_is_no_file_of_the_workdir_is_no_table(outside, name):
+  rename_rule(outside, f"tokens@{name}")
   with pytest.raises(layout.CheckpointError, match="not part of it"):
     open_rules(outside)
 
