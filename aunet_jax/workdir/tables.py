@@ -24,8 +24,8 @@ TABLES = "tables"
 
 def _file_of(rule: str) -> tuple[str, str] | None:
   """("tokens", FILE) of "tokens@FILE"; None for a rule without a file."""
-  kind, _, path = rule.partition("@")
-  return (kind, path) if kind in MACHINES and path else None
+  kind, at, path = rule.partition("@")
+  return (kind, path) if kind in MACHINES and at else None
 
 
 def same_kind(rule: str | None, other: str | None) -> bool:

@@ -183,7 +183,7 @@ def test_a_link_out_of_the_workdir_is_outside(outside, name):
 
 
 @pytest.mark.parametrize(
-  "name", ["/dev/zero", "..", ".", "a\0b", "x" * 5000, "~/.ssh/id_rsa"]
+  "name", ["", "/dev/zero", "..", ".", "a\0b", "x" * 5000, "~/.ssh/id_rsa"]
 )
 def test_what_is_no_file_of_the_workdir_is_no_table(outside, name):
   rename_rule(outside, f"tokens@{name}")
