@@ -7,6 +7,7 @@ recorded from the official code, and as the drawings of docs/splitting.md.
 import json
 import pathlib
 import re
+import sys
 
 import hypothesis
 import numpy as np
@@ -213,6 +214,43 @@ def test_a_difference_that_is_not_known_is_called_unexplained():
   case = {"strategy": "word1", "text": "a b c", "levels": "00010"}
   found = split_reference.compare([case])["word1"]
   assert found.kinds == {split_reference.UNEXPLAINED: 1}
+
+
+# ----- rules of one's own ---------------------------------------------------
+
+
+def test_the_source_of_a_rule_is_found_without_running_it(
+  tmp_path, monkeypatch
+):
+  monkeypatch.syspath_prepend(str(tmp_path))
+  (tmp_path / "mine.py").write_text("raise SystemExit")
+  (tmp_path / "package" / "sub").mkdir(parents=True)
+  assert rules.source_of("mine:rule@2") == str(tmp_path / "mine.py")
+  assert rules.source_of("mine.sub:rule") == str(tmp_path / "mine.py")
+  assert rules.source_of("package.sub:rule") == str(tmp_path / "package")
+  for name in ("not_here:rule", ":rule", "__main__:rule", "..x:rule"):
+    assert "not found here" in rules.source_of(name) or name[0] == "_"
+
+
+@pytest.mark.parametrize(
+  "content, name, message",
+  [
+    ("x = (", "broken:rule", "broken.py does not parse"),
+    ("rule = 5", "broken:rule", "names no function"),
+    ("", "broken:rule", "no attribute 'rule'"),
+    ("", ":rule", "Empty module name"),
+    ("", ".x:rule", "relative import"),
+  ],
+)
+def test_a_rule_that_cannot_be_imported_says_why(
+  tmp_path, monkeypatch, content, name, message
+):
+  monkeypatch.syspath_prepend(str(tmp_path))
+  (tmp_path / "broken.py").write_text(content)
+  monkeypatch.delitem(sys.modules, "broken", raising=False)
+  with pytest.raises(ValueError, match=message):
+    rules.make_rule(name)
+  sys.modules.pop("broken", None)
 
 
 # ----- docs/splitting.md ----------------------------------------------------
