@@ -206,6 +206,25 @@ class Maker:
       pieces=tuple(pieces),
     )
 
+  def array(self) -> File:
+    """A JSON list of records, of which the first has the field."""
+    rng = self.rng
+    records, texts, reasons = [], [], Counter()
+    while len(records) < 1 or rng.random() < 0.8:
+      record, text, reason = self.record()
+      if not records and reason in ("no text field", "not an object"):
+        continue
+      records.append(record)
+      if reason is None:
+        texts.append(text)
+      else:
+        reasons[reason] += 1
+    data = json.dumps(records, indent=rng.choice((None, 1, 4))).encode()
+    if rng.random() < 0.1:
+      data = data.rstrip()[:-1]
+      reasons["malformed JSON"] += 1
+    return File(data, ".json", texts, reasons, any_name=True)
+
   def table(self) -> File:
     rng = self.rng
     suffix, dialect = rng.choice(((".csv", "excel"), (".tsv", "excel-tab")))
@@ -467,6 +486,7 @@ class Maker:
     return (
       self.text,
       self.jsonl,
+      self.array,
       self.table,
       self.parquet,
       self.arrow,
@@ -503,7 +523,7 @@ class Maker:
     if rng.random() < 0.1 and suffix:
       suffix += "?download=true"
     raw = f"{number:02}{stem}{suffix}".encode()
-    return raw.replace(b"a", b"\xe9", 1) if rng.random() < 0.05 else raw
+    return raw[:2] + b"\xe9" + raw[2:] if rng.random() < 0.05 else raw
 
   # ----- trees --------------------------------------------------------------
 

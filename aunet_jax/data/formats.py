@@ -15,7 +15,13 @@ from typing import BinaryIO
 from aunet_jax.data import compression, kinds, remote
 from aunet_jax.data.compression import DAMAGE
 from aunet_jax.data.opened import Opened, Records
-from aunet_jax.data.plain import read_csv, read_jsonl, read_text, read_tsv
+from aunet_jax.data.plain import (
+  read_csv,
+  read_json,
+  read_jsonl,
+  read_text,
+  read_tsv,
+)
 from aunet_jax.data.records import Document, Skip, Source
 from aunet_jax.data.tables import read_arrayrecord, read_arrow, read_parquet
 
@@ -199,7 +205,8 @@ def _read_tar(opened: Opened) -> Records:
       raise
     yield opened.damage(where, error.__cause__)
   except tarfile.TarError as error:
-    yield opened.damage(where, error)
+    if str(error) != "empty file":
+      yield opened.damage(where, error)
 
 
 # ----- what gives no documents ------------------------------------------------
@@ -236,6 +243,7 @@ def _read_binary(opened: Opened) -> Records:
 READERS: dict[str, Callable[[Opened], Records]] = {
   "text": read_text,
   "jsonl": read_jsonl,
+  "json": read_json,
   "csv": read_csv,
   "tsv": read_tsv,
   "parquet": read_parquet,

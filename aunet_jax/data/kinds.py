@@ -32,6 +32,14 @@ _SUFFIXES = {
   ".zip": "archive",
   ".7z": "archive",
   ".rar": "archive",
+  # Compressions that are not read; some have no magic number.
+  ".br": "packed",
+  ".lz": "packed",
+  ".lz4": "packed",
+  ".lzo": "packed",
+  ".snappy": "packed",
+  ".sz": "packed",
+  ".z": "packed",
 }
 
 # Offset, bytes, kind, and what to call it where it cannot be read.
@@ -145,18 +153,42 @@ def by_content(head: bytes, field: str) -> Content | None:
     return Content("arrow")  # a stream: its first message and the size of that
   if is_json_lines(head, field, len(head) < compression.BLOCK):
     return Content("jsonl")
+  if is_json_array(head, field):
+    return Content("json")
   if head and not head.startswith(_BOMS):
     sample = head[:_TEXT_SAMPLE]
     controls = len(sample) - len(sample.translate(None, _CONTROLS))
-    # Compressed and other random bytes have 10% of them. Four zeros in a row
-    # are a number of some binary format. An ORC table may hold plain text.
+    # Compressed and other random bytes have 10% of them, and are no UTF-8. Four
+    # zeros in a row are a number of some binary format. An ORC table may hold
+    # plain text.
     if (
       b"\0\0\0\0" in sample
       or controls > 0.08 * len(sample)
+      or (controls > max(1, 0.02 * len(sample)) and not _is_utf8(sample))
       or (controls and head.startswith(b"ORC"))
     ):
       return Content("binary", "binary data")
   return None
+
+
+def _is_utf8(sample: bytes) -> bool:
+  try:
+    sample.decode()
+  except UnicodeDecodeError as error:
+    return error.end == len(sample) > 4  # a character may go on after it
+  return True
+
+
+_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?=\{)")
+
+
+def is_json_array(head: bytes, field: str) -> bool:
+  """Whether this begins a JSON list of objects, the first with `field`."""
+  if start := _ARRAY.match(head):
+    text = head[start.end() :].decode("utf-8", "replace")
+    with contextlib.suppress(ValueError, RecursionError):
+      return has(json.JSONDecoder(parse_int=float).raw_decode(text)[0], field)
+  return False
 
 
 def is_json_lines(head: bytes, field: str, is_complete: bool = True) -> bool:
@@ -190,15 +222,20 @@ _DEEPEST = 64  # levels of nesting that are read; below them is null
 def parse(line: bytes) -> Any:
   """The value of a JSON text.
 
-  Whole numbers of any length are read, as floats, and nesting of any depth;
-  Python refuses both, though the text beside them is fine.
+  Numbers of any length are read, if need be as floats, and nesting of any
+  depth; Python refuses both, though the text beside them is fine.
 
   Raises: ValueError for what is no JSON or no UTF-8.
   """
   try:
-    return json.loads(line, parse_int=float)
+    return json.loads(line)  # any argument would make a decoder for each line
   except RecursionError:
     return json.loads(_prune(line), parse_int=float)
+  except ValueError:  # malformed, or a number of more digits than Python takes
+    try:
+      return json.loads(line, parse_int=float)
+    except RecursionError:
+      return json.loads(_prune(line), parse_int=float)
 
 
 def _prune(line: bytes) -> bytes:

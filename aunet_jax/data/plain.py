@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -187,6 +188,36 @@ def read_jsonl(opened: Opened) -> Records:
     opened.check_complete()
   except DAMAGE as error:
     yield opened.damage(f"{opened.where}:{number + 1}", error)
+
+
+_BETWEEN = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
+
+
+def read_json(opened: Opened) -> Records:
+  """The objects of one JSON list, which is read into memory."""
+  data = b"".join(blocks(opened.file))
+  opened.check_complete()
+  number, at, end = 0, 0, ","
+  try:
+    text = data.decode("utf-8-sig")
+    del data
+    at = text.index("[") + 1
+    at += len(text[at : at + 1000]) - len(text[at : at + 1000].lstrip())
+    decoder = json.JSONDecoder(parse_int=float)
+    while end == ",":
+      number += 1
+      record, stop = decoder.raw_decode(text, at)
+      size = stop - at
+      between = _BETWEEN.match(text, stop)
+      at, end = between.end(), between[1]
+      yield field_of(record, f"{opened.where}:{number}", opened.field, size)
+      del record
+    if end != "]" or at != len(text):
+      raise ValueError("the list does not end")
+  except (ValueError, RecursionError) as error:
+    where = f"{opened.where}:{number}"
+    lost = opened.size if not number else len(text) - at
+    yield Skip(where, "malformed JSON", one_line(error), lost)
 
 
 def read_csv(opened: Opened, dialect: str = "excel") -> Records:

@@ -114,7 +114,8 @@ def read_parquet(opened: Opened) -> Records:
           yield skip._replace(lost_bytes=round(share * opened.size))
         number = end
   except (pyarrow.ArrowException, *DAMAGE) as error:
-    yield opened.damage(f"{opened.where}:{number + 1}", error)
+    skip = opened.damage(f"{opened.where}:{number + 1}", error)
+    yield skip._replace(lost_bytes=None)
 
 
 def _batch_rows(file, group: int, name: str) -> int:
@@ -156,7 +157,8 @@ def read_arrow(opened: Opened) -> Records:
           yield result
           del result
   except (pyarrow.ArrowException, *DAMAGE) as error:
-    yield opened.damage(f"{opened.where}:{number + 1}", error)
+    skip = opened.damage(f"{opened.where}:{number + 1}", error)
+    yield skip._replace(lost_bytes=None)
 
 
 def _file_batches(file) -> Iterator[Any]:

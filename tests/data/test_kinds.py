@@ -96,6 +96,8 @@ def test_mislabelled_files_are_read_for_what_they_are(tmp_path, name, data):
     ("a.bin", bytes(range(256)), "not text"),
     ("a.txt.gz", gzip.compress(bytes(range(256))), "not text"),
     ("model", b"weights" + bytes(8) + b"and names", "not text"),
+    ("random", bytes(n * 37 % 256 for n in range(60)), "not text"),
+    ("a.txt.br", b"no magic number", "unsupported compression"),
     ("a.txt.lz4", b"\x04\x22\x4d\x18....", "unsupported compression"),
   ],
   ids=_short,
@@ -141,6 +143,38 @@ def test_a_pointer_says_how_much_is_missing(tmp_path):
     texts, (skip,) = _read(tmp_path / name)
     assert texts == [] and skip.reason == "pointer to a file"
     assert skip.lost_bytes == 12345
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.txt"])
+def test_a_json_list_of_records(tmp_path, name):
+  records = [{"text": "one", "n": 9}, {"body": 1}, 5, {"text": "zwei ß"}]
+  for data, reasons in (
+    (json.dumps(records).encode(), ["no text field", "not an object"]),
+    (json.dumps(records, indent=2, ensure_ascii=False).encode() + b"\n", None),
+  ):
+    reasons = reasons or ["no text field", "not an object"]
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(pack(data))
+    texts, skips = _read(tmp_path / name)
+    assert texts == [b"one", "zwei ß".encode()]
+    assert [skip.reason for skip in skips] == reasons
+    (tmp_path / name).write_bytes(pack(data.rstrip()[:-1]))
+    texts, skips = _read(tmp_path / name)
+    assert texts == [b"one", "zwei ß".encode()]
+    assert [skip.reason for skip in skips] == [*reasons, "malformed JSON"]
+
+
+def test_a_json_list_without_the_field_is_text(tmp_path):
+  text = b'[{"name": "x"}, {"name": "y"}]'
+  (tmp_path / "a.json").write_bytes(text)
+  assert _read(tmp_path / "a.json") == ([text], [])
+
+
+def test_empty_files_of_any_kind_are_empty(tmp_path):
+  for suffix in ("txt", "txt.gz", "jsonl.xz", "tar", "csv", "warc", "tar.bz2"):
+    (tmp_path / f"a.{suffix}").write_bytes(b"")
+    texts, skips = _read(tmp_path / f"a.{suffix}")
+    assert (texts, [skip.reason for skip in skips]) == ([], ["empty"])
 
 
 def test_a_lone_json_object_is_a_record_if_it_has_the_field(tmp_path):
