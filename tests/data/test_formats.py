@@ -2,14 +2,11 @@
 
 import gzip
 import io
-import json
-import os
 import tarfile
 
-import fsspec
 import pytest
 
-from aunet_jax.data import remote, sources
+from aunet_jax.data import sources
 from aunet_jax.data.compression import zstd
 
 
@@ -183,41 +180,3 @@ def test_a_damaged_warc_file_is_a_skip(tmp_path, damage, capsys):
   texts, skips = _read(tmp_path / "a.warc")
   assert texts == [b"document %02d" % n for n in range(len(texts))]
   assert [skip.reason for skip in skips] == ["corrupt file"]
-
-
-# ----- remote files ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.csv"])
-def test_a_connection_that_ends_early_is_an_error(monkeypatch, name):
-  lines = [json.dumps({"text": os.urandom(20).hex()}) for _ in range(2000)]
-  if name == "a.csv":
-    lines = ["text", *lines[1:]]
-    lines = [line.replace('"', "").replace(",", "") for line in lines]
-  data = "\n".join(lines).encode()
-  data = gzip.compress(data) if name.endswith(".gz") else data
-  memory = fsspec.filesystem("memory")
-  memory.pipe(f"/short/{name}", data)
-  url = f"memory://short/{name}"
-  assert len(_read(url)[0]) in (1, 1999, 2000)
-  short = data[: data.rindex(b"\n") + 1] if b"\n" in data[-200:] else data[:-9]
-  monkeypatch.setattr(
-    type(memory), "open", lambda *args, **kwargs: io.BytesIO(short)
-  )
-  with pytest.raises(remote.ReadError, match="try again") as error:
-    _read(url)
-  assert error.value.status == 1
-
-
-def test_errors_of_any_library_of_a_url_may_be_tried_again(monkeypatch):
-  class OddError(Exception):
-    pass
-
-  def broken(*args, **kwargs):
-    raise OddError("503")
-
-  memory = fsspec.filesystem("memory")
-  memory.pipe("/odd/a.txt", b"text")
-  monkeypatch.setattr(type(memory), "open", broken)
-  with pytest.raises(remote.ReadError, match="503; try again"):
-    _read("memory://odd/a.txt")

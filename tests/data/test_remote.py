@@ -1,0 +1,81 @@
+"""Files behind URLs: their names, and what is told of their failures."""
+
+import gzip
+import io
+import json
+import os
+
+import fsspec
+import pytest
+
+from aunet_jax.data import remote, sources
+
+
+def _read(path, field="text"):
+  files, skips = sources.list_sources(str(path))
+  texts = []
+  for file in files:
+    for record in sources.read_source(file, field):
+      if isinstance(record, sources.Skip):
+        skips.append(record)
+      else:
+        texts.append(record.text)
+  return texts, skips
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_a_connection_that_ends_early_is_an_error(monkeypatch, name):
+  lines = [json.dumps({"text": os.urandom(20).hex()}) for _ in range(2000)]
+  if name == "a.csv":
+    lines = ["text", *lines[1:]]
+    lines = [line.replace('"', "").replace(",", "") for line in lines]
+  data = "\n".join(lines).encode()
+  data = gzip.compress(data) if name.endswith(".gz") else data
+  memory = fsspec.filesystem("memory")
+  memory.pipe(f"/short/{name}", data)
+  url = f"memory://short/{name}"
+  assert len(_read(url)[0]) in (1, 1999, 2000)
+  short = data[: data.rindex(b"\n") + 1] if b"\n" in data[-200:] else data[:-9]
+  monkeypatch.setattr(
+    type(memory), "open", lambda *args, **kwargs: io.BytesIO(short)
+  )
+  with pytest.raises(remote.ReadError, match="try again") as error:
+    _read(url)
+  assert error.value.status == 1
+
+
+def test_errors_of_any_library_of_a_url_may_be_tried_again(monkeypatch):
+  class OddError(Exception):
+    pass
+
+  def broken(*args, **kwargs):
+    raise OddError("503")
+
+  memory = fsspec.filesystem("memory")
+  memory.pipe("/odd/a.txt", b"text")
+  monkeypatch.setattr(type(memory), "open", broken)
+  with pytest.raises(remote.ReadError, match="503; try again"):
+    _read("memory://odd/a.txt")
+
+
+@pytest.mark.parametrize(
+  "url, name, full",
+  [
+    ("memory://a", "/a/b.txt", "memory:///a/b.txt"),
+    ("zip://*.txt::memory://a.zip", "b.txt", "zip://b.txt::memory://a.zip"),
+  ],
+)
+def test_the_url_of_a_file_that_was_found(url, name, full):
+  buffer = io.BytesIO()
+  import zipfile
+
+  with zipfile.ZipFile(buffer, "w") as archive:
+    archive.writestr("b.txt", "text")
+  fsspec.filesystem("memory").pipe("/a.zip", buffer.getvalue())
+  system, _ = remote.filesystem(url)
+  assert remote.full_url(url, system, name) == full
+
+
+def test_an_unknown_protocol_is_named():
+  with pytest.raises(ValueError, match="cannot open nowhere://a"):
+    remote.filesystem("nowhere://a")
