@@ -27,7 +27,7 @@ from aunet_jax.evaluate.entropies import (
   model_entropies,
 )
 from aunet_jax.splitting.entropy import MODES, STEPS_PER_BIT
-from aunet_jax.workdir import layout, load
+from aunet_jax.workdir import load
 
 
 @terminal.command
@@ -62,10 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     )
   ]
   skips.finish()
-  try:
-    loaded = load.load(args.workdir, trust_rules=args.trust_rules)
-  except layout.CheckpointError as error:
-    raise ValueError(str(error)) from None
+  loaded = load.load(args.workdir, trust_rules=args.trust_rules)
   if loaded.tokenizer is not None:
     raise ValueError(
       f"{args.workdir} holds a model of tokens; entropies need one of bytes."
