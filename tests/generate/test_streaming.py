@@ -58,6 +58,20 @@ def test_pieces_are_the_text_up_to_a_stop_string(prompt, data, stop, cuts):
     assert piece.top_logprobs == [{data[n]: -n} for n in numbers]
 
 
+def test_text_is_shown_as_soon_as_it_is_certain():
+  def texts(data, stop=(), prompt=b""):
+    pieces, last = feed(RowText(stop, prompt), data, set(range(64)))
+    return [piece.text for piece in [*pieces[1:], last]]
+
+  assert texts(b"abc") == ["a", "b", "c"]
+  assert texts("aé中".encode()) == ["a", "", "é", "", "", "中"]
+  assert texts("中a".encode()[1:], prompt="中".encode()[:1]) == ["", "中", "a"]
+  assert texts(b"\xc3\xa9", prompt=b"\xe4") == ["\ufffd", "é"]
+  # A byte that may begin a stop string waits until it does not.
+  assert texts(b"abab|", [b"ab|"]) == ["", "", "ab", "", ""]
+  assert texts(b"aab", [b"ab|", b"zz"]) == ["", "a", "ab"]
+
+
 @given(data=TEXT, cuts=CUTS)
 def test_no_character_is_split_on_screen(data, cuts):
   pieces, last = feed(RowText(), data, cuts)

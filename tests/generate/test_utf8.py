@@ -48,6 +48,24 @@ def test_every_start_of_a_character_is_known_and_nothing_else():
         assert state == utf8.BETWEEN
 
 
+def test_every_byte_is_right_or_wrong_in_every_state():
+  for start in (
+    b"",
+    b"\xc3",
+    b"\xe4",
+    b"\xf1",
+    b"\xe0",
+    b"\xed",
+    b"\xf0",
+    b"\xf4",
+  ):
+    state = utf8.state_after(start)
+    for byte in range(256):
+      data = start + bytes([byte])
+      right = len(data) <= 4 and (is_utf8(data) or may_become_a_character(data))
+      assert (utf8.NEXT[state, byte] >= 0) == right, data
+
+
 @given(st.binary(max_size=8) | st.text(max_size=4).map(str.encode))
 def test_the_automaton_accepts_what_decodes(data):
   state = utf8.BETWEEN
