@@ -439,7 +439,7 @@ class Maker:
     made.any_name = file.any_name and suffix != ".lzma"
     # What it is may be seen, and counted, before the damage is met.
     made.loose = not file.texts
-    if file.suffix == ".json" and file.texts:  # says JSON lines now
+    if file.suffix == ".json":  # would say JSON lines now
       made.suffix = ".txt" + rng.choice(OTHER_NAMES[suffix])
     kind = rng.random()
     if not damaged or file.sure is not None or not file.data or kind > 0.3:
