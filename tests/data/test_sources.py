@@ -1,6 +1,7 @@
 """Every kind of file is read, and every kind of damage is a counted skip."""
 
 import bz2
+import configparser
 import gzip
 import io
 import json
@@ -337,3 +338,60 @@ def test_an_empty_file_among_good_ones(tmp_path):
   (tmp_path / "c.jsonl").write_text("")
   texts, skips = _read(str(tmp_path))
   assert (texts, _reasons(skips)) == ([b"text"], ["empty"] * 2)
+
+
+# ----- documents of a specification -----------------------------------------
+
+
+def _count_opened(monkeypatch):
+  opened = []
+  read = sources.read_source
+
+  def counting(source, *others):
+    opened.append(pathlib.Path(source.path).name)
+    return read(source, *others)
+
+  monkeypatch.setattr(sources, "read_source", counting)
+  return opened
+
+
+def test_documents_end_at_a_number_of_bytes(tmp_path, monkeypatch):
+  for name in ("a", "b", "c"):
+    lines = ['{"text": "12345"}', "not JSON", '{"text": "67890"}']
+    (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+  (tmp_path / ".hidden").write_text("x")
+  opened, skips = _count_opened(monkeypatch), []
+  found = sources.documents(str(tmp_path), "text", 17, skips.append)
+  assert [d.text for d in found] == [b"12345", b"67890", b"12345", b"67"]
+  assert opened == ["a.jsonl", "b.jsonl"]
+  assert _reasons(skips) == ["hidden name"] + ["malformed JSON"] * 2
+  everything = sources.documents(str(tmp_path), "text", None, skips.append)
+  assert len(list(everything)) == 6
+
+
+def test_a_sample_is_from_files_all_over_the_input(tmp_path, monkeypatch):
+  for number in range(10):
+    (tmp_path / f"{number}.txt").write_text(f"{number}" * 1000)
+  opened = _count_opened(monkeypatch)
+  texts = sources.sample(str(tmp_path), "text", 1000, lambda skip: None)
+  assert sorted(texts) == [b"%d" % n * 100 for n in range(10)]
+  assert sorted(opened) == [f"{n}.txt" for n in range(10)]
+  nothing = sources.sample([], "text", 1000, lambda skip: None)
+  assert nothing == []
+
+
+def test_what_documented_sources_need_is_in_the_base_install():
+  # Jobs install the package with its hardware's extra and nothing else.
+  parser = configparser.ConfigParser()
+  parser.read(pathlib.Path(__file__).parents[2] / "setup.cfg")
+  base = parser["options"]["install_requires"]
+  for package in ("backports.zstd", "fsspec", "gcsfs"):
+    assert f"\n{package}>=" in base
+  extras = parser["options.extras_require"]
+  for extra, package in (
+    ("parquet", "pyarrow"),
+    ("warc", "warcio"),
+    ("s3", "s3fs"),
+    ("hf", "datasets"),
+  ):
+    assert extras[extra].strip().startswith(f"{package}>=")
