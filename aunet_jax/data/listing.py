@@ -147,7 +147,8 @@ class _Remote:
     return _Entry(
       path.rstrip("/").rsplit("/", 1)[-1],
       path,
-      info["type"] == "directory",
+      # A web server's directories look like files, but for the slash.
+      info["type"] == "directory" or (is_url(path) and path.endswith("/")),
       False,
       info["type"] == "file",
       info.get("size") or 0,

@@ -1,9 +1,12 @@
 """Files behind URLs: their names, and what is told of their failures."""
 
+import functools
 import gzip
+import http.server
 import io
 import json
 import os
+import threading
 
 import fsspec
 import pytest
@@ -79,3 +82,37 @@ def test_the_url_of_a_file_that_was_found(url, name, full):
 def test_an_unknown_protocol_is_named():
   with pytest.raises(ValueError, match="cannot open nowhere://a"):
     remote.filesystem("nowhere://a")
+
+
+@pytest.fixture
+def web(tmp_path):
+  """A web server of a directory: its URL."""
+
+  class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+      pass
+
+  handler = functools.partial(Quiet, directory=str(tmp_path))
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread.start()
+  yield f"http://127.0.0.1:{server.server_address[1]}"
+  server.shutdown()
+  thread.join()
+  server.server_close()
+
+
+def test_files_of_a_web_server(tmp_path, web):
+  pytest.importorskip("aiohttp")
+  (tmp_path / "a.txt").write_bytes(b"one")
+  (tmp_path / "b.jsonl").write_bytes(b'{"text": "two"}\n{"text": "three"}')
+  (tmp_path / ".hidden").write_bytes(b"x")
+  (tmp_path / "d").mkdir()
+  (tmp_path / "d" / "c.txt.gz").write_bytes(gzip.compress(b"four"))
+  assert _read(f"{web}/b.jsonl?download=true") == ([b"two", b"three"], [])
+  assert _read(f"{web}/*.txt") == ([b"one"], [])
+  texts, skips = _read(f"{web}/")
+  assert texts == [b"one", b"two", b"three", b"four"]
+  assert [skip.reason for skip in skips] == ["hidden name"]
+  with pytest.raises(ValueError, match="matches no file"):
+    _read(f"{web}/nothing.txt")
