@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints the JobSet of a job, from jobset.yaml; called by gke.sh.
 
-  gke_manifest.py [NAME=VALUE ...] -- TRAINER COMMAND
+  gke_manifest.py [NAME=VALUE ...] [env:NAME=VALUE ...] -- COMMAND
 
 Every {{KEY}} of the template becomes JSON, which is YAML too, so no value can
 change the shape of the manifest, whatever characters it has. Standard library
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("jobset.yaml")
-NUMBERS = ("HOSTS", "SLICES", "CHIPS_PER_HOST", "MAX_RETRIES")
+NUMBERS = ("HOSTS", "SLICES", "CHIPS_PER_HOST", "MAX_PREEMPTIONS")
 
 
 def render(template: str, settings: dict[str, str], command: list[str]) -> str:
@@ -22,7 +22,8 @@ def render(template: str, settings: dict[str, str], command: list[str]) -> str:
 
   Args:
     template: YAML with {{KEY}} where a value goes.
-    settings: of the job file; SECRET may be "" (no secret), the rest not.
+    settings: of the job file, and env:NAME for the container's environment;
+      SECRET, QUEUE and RESERVATION may be "" (none), the rest not.
     command: the container's command, each word as it is.
   Raises: ValueError naming the missing or unknown setting.
   """
@@ -38,14 +39,24 @@ def render(template: str, settings: dict[str, str], command: list[str]) -> str:
     tolerations.append(
       {"key": "cloud.google.com/gke-spot", "operator": "Exists"}
     )
+  if settings["RESERVATION"]:
+    selector["cloud.google.com/reservation-name"] = settings["RESERVATION"]
   values = {
     key: int(value) if key in NUMBERS else value
     for key, value in settings.items()
   }
+  queue = settings["QUEUE"]
   secret = settings["SECRET"]
   values |= {
-    # Kubernetes expands $(NAME) in a command; $$ stands for one $.
-    "COMMAND": [word.replace("$(", "$$(") for word in command],
+    "COMMAND": [_verbatim(word) for word in command],
+    "ENV": [
+      {"name": key.removeprefix("env:"), "value": _verbatim(value)}
+      for key, value in settings.items()
+      if key.startswith("env:")
+    ],
+    # Kueue admits what names a queue, and starts it itself.
+    "LABELS": {"kueue.x-k8s.io/queue-name": queue} if queue else {},
+    "SUSPEND": bool(queue),
     "NODE_SELECTOR": selector,
     "TOLERATIONS": tolerations,
     "ENV_FROM": [{"secretRef": {"name": secret}}] if secret else [],
@@ -57,6 +68,11 @@ def render(template: str, settings: dict[str, str], command: list[str]) -> str:
     return json.dumps(values[match[1]])
 
   return re.sub(r"\{\{(\w+)\}\}", value, template)
+
+
+def _verbatim(word: str) -> str:
+  """Kubernetes expands $(NAME) in commands and values; $$ stands for one $."""
+  return word.replace("$(", "$$(")
 
 
 def main(arguments: list[str]) -> int:

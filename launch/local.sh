@@ -4,7 +4,7 @@
 #   launch/local.sh --job=FILE [--processes=N] [--dry-run] [-- TRAINER FLAGS]
 #
 #   --job=FILE      settings of the run: NAME, CONFIG, WORKDIR, FLAGS, …
-#                   (docs/scale.md lists them; relative paths start at the
+#                   (launch/README.md lists them; relative paths start at the
 #                   repository)
 #   --processes=N   rehearse a run of N hosts: N processes that talk to each
 #                   other on this machine; the end of one ends all
@@ -29,6 +29,7 @@ done
   fail "--processes=$processes must be a number from 1."
 load_job "$JOB"
 load_secrets "$SECRETS_FILE"
+((${#ENV[@]})) && export "${ENV[@]}"
 lock_workdir
 train=("$PYTHON" -m aunet_jax.train "${TRAIN_FLAGS[@]}")
 
@@ -65,6 +66,7 @@ if ((processes > 1)); then
 fi
 if [[ $DRY_RUN ]]; then
   perform cd "$REPO"
+  ((${#ENV[@]})) && perform export "${ENV[@]}"
   for ((id = 0; id < processes; id++)); do
     ((processes == 1)) || identity=("--process_id=$id")
     perform "${train[@]}" ${identity[@]+"${identity[@]}"}

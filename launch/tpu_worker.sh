@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # One TPU VM's part of tpu_vm.sh, which copies this file there and calls it.
 #
-#   tpu_worker.sh setup [BUCKET]     install what the code needs, mount BUCKET
-#   tpu_worker.sh start FLAGS…       start the trainer, detached from the login
-#   tpu_worker.sh poll               print: worker HOST STATE, where STATE is
-#                                    idle, running, dead or exit STATUS
+#   tpu_worker.sh setup [BUCKET [disk]]
+#                                    install what the code needs, mount BUCKET
+#                                    and the data disk
+#   tpu_worker.sh start WORKDIR KEY=VALUE… -- FLAGS…
+#                                    start the trainer, detached from the login
+#   tpu_worker.sh poll               print: worker HOST STATE step N checkpoint N
+#                                    where STATE is idle, running, dead or exit
+#                                    STATUS, and 0 stands for none
 #   tpu_worker.sh stop [SECONDS]     SIGTERM, then SIGKILL after SECONDS (300)
 #   tpu_worker.sh logs [LINES] [-f]  last lines of the log; -f: and what follows
 #
-# Below ~/aunet: code/, venv/, run/ (log, exit status), secrets.env (0600).
+# Below ~/aunet: code/, venv/, run/ (log, exit status), secrets.env (0600),
+# mounts (what setup mounted, for a start after a reboot).
 # A lock held by the trainer says whether it lives: the kernel gives it back
 # whatever way the trainer or the machine ends.
 set -euo pipefail
@@ -22,16 +27,36 @@ mkdir -p "$run"
 lives() { ! flock --shared --nonblock "$run/lock" true; }
 
 setup() {
-  local bucket=${1:-}
+  printf '%s\n%s\n' "${1:-}" "${2:-}" >"$home/mounts"
   if [[ ! -x $home/venv/bin/python ]]; then
     # Images of TPU VMs may bring a Python older than 3.11; uv brings its own.
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --python 3.12 "$home/venv"
   fi
+  # The versions of the lock file, which the image has too.
   python3 -m uv pip install --quiet --python "$home/venv/bin/python" \
-    --editable "${REPO}[tpu]"
-  [[ $bucket ]] && mount_bucket "$bucket"
+    --requirement "$REPO/launch/requirements-tpu.txt"
+  python3 -m uv pip install --quiet --python "$home/venv/bin/python" \
+    --no-deps --editable "$REPO"
+  mount_all
   echo "worker $(hostname) ready"
+}
+
+# Mounts what is not mounted (any more: a reboot forgets it).
+mount_all() {
+  local bucket='' disk=''
+  [[ -f $home/mounts ]] && { read -r bucket && read -r disk; } <"$home/mounts"
+  [[ $bucket ]] && mount_bucket "$bucket"
+  [[ $disk ]] && mount_disk
+  return 0
+}
+
+# The first disk beside the boot disk, by the name that Compute Engine gives it
+# where the request gives none (API of compute v1, AttachedDisk.deviceName).
+mount_disk() {
+  mountpoint -q /mnt/disk && return
+  sudo mkdir -p /mnt/disk
+  sudo mount -o ro,noload /dev/disk/by-id/google-persistent-disk-1 /mnt/disk
 }
 
 mount_bucket() {
@@ -53,6 +78,13 @@ mount_bucket() {
 }
 
 start() {
+  local workdir=$1 variables=()
+  shift
+  while [[ $1 != -- ]]; do
+    variables+=("$1")
+    shift
+  done
+  shift
   exec 9>"$run/lock"
   if ! flock --timeout 5 9; then # a poll holds it for an instant
     echo "worker $(hostname) running already"
@@ -61,6 +93,9 @@ start() {
   rm -f "$run/status"
   touch "$run/started"
   load_secrets "$([[ -f $home/secrets.env ]] && echo "$home/secrets.env")"
+  ((${#variables[@]})) && export "${variables[@]}"
+  mount_all 9>&- # its daemon must not hold the lock
+  echo "$workdir" >"$run/workdir"
   cd "$REPO"
   setsid bash "$REPO/launch/tpu_worker.sh" train "$@" \
     </dev/null >>"$run/log" 2>&1 &
@@ -97,7 +132,25 @@ poll() {
   elif [[ -f $run/started ]]; then
     state=dead
   fi
-  echo "worker $(hostname) $state"
+  local WORKDIR step checkpoint
+  WORKDIR=$(cat "$run/workdir" 2>/dev/null || echo /nowhere)
+  if [[ $WORKDIR == *://* ]]; then # only the log tells
+    step=$(tr '\r' '\n' <"$run/log" 2>/dev/null |
+      sed -n 's/^[^s]*step \([0-9]\{1,\}\)\/.*/\1/p' | tail -n 1)
+    checkpoint=0
+  elif [[ $WORKDIR == /mnt/* ]]; then # a bucket may never answer
+    read -r step checkpoint < <(timeout 20 bash "$REPO/launch/tpu_worker.sh" \
+      progress "$WORKDIR" || true) || true
+  else
+    read -r step checkpoint < <(progress "$WORKDIR")
+  fi
+  echo "worker $(hostname) $state step ${step:-0} checkpoint ${checkpoint:-0}"
+}
+
+progress() {
+  local WORKDIR=$1 step checkpoint
+  step=$(newest_step) checkpoint=$(newest_checkpoint)
+  echo "${step:-0} ${checkpoint:-0}"
 }
 
 stop() {
@@ -119,7 +172,7 @@ logs() {
 }
 
 case ${1:-} in
-  setup | start | train | poll | stop | logs) "$@" ;;
+  setup | start | train | poll | progress | stop | logs) "$@" ;;
   -h | --help) usage "$0" ;;
   *) fail "'${1:-}' is not one of setup, start, poll, stop, logs." ;;
 esac

