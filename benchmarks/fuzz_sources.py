@@ -437,8 +437,10 @@ class Maker:
       file, data=data, suffix=name, streams=(), pieces=()
     )
     made.any_name = file.any_name and suffix != ".lzma"
-    # What it is may be seen, and counted, before the damage is met.
-    made.loose = not file.texts
+    is_list = file.suffix == ".json" and file.any_name
+    # What it is may be seen, and counted, before the damage is met; or may not
+    # be seen any more, as of a JSON list whose first object is cut.
+    made.loose = not file.texts or is_list
     if file.suffix == ".json":  # would say JSON lines now
       made.suffix = ".txt" + rng.choice(OTHER_NAMES[suffix])
     kind = rng.random()
