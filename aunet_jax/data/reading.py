@@ -4,6 +4,8 @@ Also which documents are held out: a matter of their text alone, so that it
 does not change with the order, the number or the names of files.
 """
 
+import array
+import functools
 import hashlib
 import json
 import pathlib
@@ -11,6 +13,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from aunet_jax.data import sources
 
@@ -61,6 +65,39 @@ class SkipLog:
       self._log(f"skipped in all: {self.summary()}")
 
 
+class _Sizes:
+  """How large undamaged files are, stored and as text; 16 bytes a file."""
+
+  def __init__(self):
+    self._stored, self._text = array.array("q"), array.array("q")
+
+  def add(self, stored_bytes: int, num_bytes: int) -> None:
+    self._stored.append(stored_bytes)
+    self._text.append(num_bytes)
+
+  def extend(self, other: "_Sizes") -> None:
+    self._stored += other._stored
+    self._text += other._text
+
+  @functools.cached_property
+  def _sums(self) -> tuple[np.ndarray, np.ndarray, float]:
+    """Sorted texts, the sum of each and all above it, text to stored."""
+    text = np.sort(np.array(self._text, np.int64))
+    above = np.cumsum(text[::-1])[::-1]
+    ratio = text.sum() / max(sum(self._stored), 1) if len(text) else 1.0
+    return text, above, ratio
+
+  def missing(self, stored_bytes: int, num_bytes: int) -> int:
+    """Text that is likely missing from a file that gave `num_bytes`."""
+    text, above, ratio = self._sums
+    first = np.searchsorted(text, num_bytes, side="right")
+    if first < len(text):
+      by_others = above[first] / (len(text) - first) - num_bytes
+    else:
+      by_others = num_bytes
+    return round(max(by_others, stored_bytes * ratio - num_bytes))
+
+
 class Tally(SkipLog):
   """Counts skipped records, says where they are, stops at too many.
 
@@ -76,7 +113,7 @@ class Tally(SkipLog):
     self._max_fraction = max_fraction
     self._lost_bytes = 0  # as far as it is known
     self._short = []  # (kind, bytes stored, text read) of files that end early
-    self._complete = {}  # kind: (bytes stored, bytes of text) of every file
+    self._complete: dict[object, _Sizes] = {}  # of undamaged files, by kind
     self._file = open(path, "w")
 
   def add(self, skip: sources.Skip) -> None:
@@ -96,21 +133,19 @@ class Tally(SkipLog):
     """
     if ends_early:
       self._short.append((kind, stored_bytes, num_bytes))
-    else:
-      self._complete.setdefault(kind, []).append((stored_bytes, num_bytes))
-
-  def _estimate(self, kind, stored_bytes: int, num_bytes: int) -> int:
-    """Text that is missing from a file that gave `num_bytes`."""
-    alike = self._complete.get(kind) or sum(self._complete.values(), [])
-    larger = [size - num_bytes for _, size in alike if size > num_bytes]
-    missing = sum(larger) // len(larger) if larger else num_bytes
-    stored, text = map(sum, zip(*alike)) if alike else (1, 1)  # noqa: B905
-    return max(missing, stored_bytes * text // max(stored, 1) - num_bytes)
+    elif num_bytes:  # images and the like tell nothing of texts
+      self._complete.setdefault(kind, _Sizes()).add(stored_bytes, num_bytes)
 
   def check(self) -> None:
     """Raises: ValueError where too much was skipped."""
     self._check_records()
-    lost = sum(self._estimate(*short) for short in self._short)
+    known, every = self._complete, _Sizes()
+    for sizes in known.values():
+      every.extend(sizes)
+    lost = sum(
+      known.get(kind, every).missing(stored_bytes, num_bytes)
+      for kind, stored_bytes, num_bytes in self._short
+    )
     self._check_bytes(self._lost_bytes + lost, 0)
 
   def check_early(self, expected_bytes: int) -> None:
