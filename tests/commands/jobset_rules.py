@@ -151,9 +151,9 @@ def broken(manifest: dict) -> list[str]:
       f"pod name {longest}",
     )
     rule(bool(names), "no replicated job")
-    # Kubernetes, pkg/apis/batch/validation: a pod failure policy needs
-    # restartPolicy Never; its container must be one of the pod's; In and NotIn
-    # have sorted, unique values without 0 (for In).
+    # Kubernetes API reference, batch/v1 PodFailurePolicyOnExitCodesRequirement:
+    # the container is one of the pod's; values are sorted, unique and, for In,
+    # without 0. restartPolicy: docs of Jobs, "Pod failure policy".
     pod = body["template"]["spec"]
     containers = {one["name"] for one in pod["containers"]}
     rule(pod["restartPolicy"] == "Never", "restartPolicy")
@@ -163,9 +163,8 @@ def broken(manifest: dict) -> list[str]:
       rule(codes["operator"] in ("In", "NotIn"), "operator")
       rule(codes["values"] == sorted(set(codes["values"])), "exit codes")
       rule(0 not in codes["values"], "exit code 0")
-    # Kubernetes, pkg/apis/core/validation: names in the pod of the host's
-    # network are the cluster's only with this policy (Service DNS, which
-    # several slices meet by).
+    # As the TPU template of xpk 1.16, commands/workload.py: a pod in the host's
+    # network finds the JobSet's names (by which slices meet) only with this.
     rule(
       not pod.get("hostNetwork")
       or pod.get("dnsPolicy") == "ClusterFirstWithHostNet",
@@ -175,7 +174,7 @@ def broken(manifest: dict) -> list[str]:
     for container in pod["containers"]:
       used = {one["name"] for one in container["volumeMounts"]}
       rule(used <= mounted, "volumeMounts name a volume that is not there")
-      # Kubernetes: an extended resource is the same in requests and limits.
+      # Kubernetes docs, extended resources: requests and limits are equal.
       resources = container["resources"]
       rule(resources["requests"] == resources["limits"], "google.com/tpu")
       rule(
@@ -220,7 +219,9 @@ def broken(manifest: dict) -> list[str]:
       chips *= int(side)
     tpus = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
     rule(chips == tpus * body["parallelism"], "hosts x chips is not the slice")
-  # Kueue, keps/349: it takes what names a queue, suspended, and starts it.
+  # kubernetes-sigs/kueue, site/content/en/docs/tasks/run/jobsets.md: the label
+  # names a LocalQueue. That ours begin suspended is our own rule: nothing may
+  # start before Kueue admits it, should its webhook be away.
   queue = (
     manifest["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
   )

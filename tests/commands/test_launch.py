@@ -6,6 +6,7 @@ gcloud is a small cloud whose workers really run `tpu_worker.sh`. Nothing here
 imports JAX.
 """
 
+import configparser
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import jobset_rules
 import pytest
+from packaging import requirements
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -326,6 +328,38 @@ def test_gcloud_knows_every_flag(world):
       text=True,
     )
     assert '"success": true' in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("hardware", ["tpu", "cuda"])
+def test_lock_files_hold_what_the_package_needs(hardware):
+  """Workers install the package itself without its dependencies."""
+  lock = (LAUNCH / f"requirements-{hardware}.txt").read_text().splitlines()
+  locked = {
+    re.sub("[._]", "-", name.lower()): version
+    for name, version in (line.split("==") for line in lock)
+  }
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  needed = setup["options"]["install_requires"]
+  needed += setup["options.extras_require"][hardware]
+  for line in needed.strip().splitlines():
+    need = requirements.Requirement(line)
+    name = re.sub("[._]", "-", need.name.lower())
+    assert name in locked, f"lock again (requirements.in): {line} is missing"
+    assert need.specifier.contains(locked[name]), f"lock again: {line}"
+
+
+def test_the_image_holds_only_what_is_named():
+  first, *allowed = [
+    line
+    for line in (ROOT / ".dockerignore").read_text().splitlines()
+    if line and not line.startswith("#")
+  ]
+  assert first == "*"  # runs/, .git, secrets: all that is not allowed below
+  for line in allowed:
+    if line.startswith("!"):
+      assert (ROOT / line[1:]).exists()
+  assert {"**/*.env", "launch/jobs"} <= set(allowed)
 
 
 # ----- job files ------------------------------------------------------------
