@@ -23,7 +23,8 @@ import numpy as np
 
 from aunet_jax import config
 from aunet_jax.data import planner, sources
-from aunet_jax.data.loader import make_loader, open_corpora
+from aunet_jax.data.corpora import open_corpora
+from aunet_jax.data.loader import make_loader
 from aunet_jax.splitting.splitter import Splitter
 from benchmarks import measure
 

@@ -22,6 +22,7 @@ import numpy as np
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import loss, sharding
 from aunet_jax.config import BOS, Config, ModelConfig, StageConfig
+from aunet_jax.data import packing
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import optimizer, state
 from aunet_jax.train.step import compile_step
@@ -60,12 +61,10 @@ def batches(num_steps: int):
     levels_BL = np.pad(levels_BL[:, :-1].astype(np.int32), ((0, 0), (1, 0)))
     levels_BL[:, 0] = MODEL.num_stages - 1
     assert (levels_BL > 0).sum(axis=1).max() <= MODEL.stages[1].capacity
-    yield {
+    yield dict.fromkeys(packing.field_names(), ones_BL) | {
       "bytes": bytes_BL,
       "targets": targets_BL.astype(np.int32),
       "levels": levels_BL,
-      "documents": ones_BL,
-      "weights": ones_BL,
     }
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import attention, counts, devices, sharding
 from aunet_jax.config import Config, ModelConfig, StageConfig
+from aunet_jax.data import packing
 from aunet_jax.train import optimizer, state
 from aunet_jax.train.step import compile_step
 from benchmarks import measure, where_time_goes
@@ -87,12 +88,10 @@ def random_batch(model: ModelConfig, num_rows: int) -> dict[str, np.ndarray]:
     row[0] = model.num_stages - 1
   bytes_BL = rng.integers(32, 127, (num_rows, L), dtype=np.int32)
   ones_BL = np.ones((num_rows, L), np.int32)
-  return {
+  return dict.fromkeys(packing.field_names(), ones_BL) | {
     "bytes": bytes_BL,
     "targets": np.roll(bytes_BL, -1, axis=1),
     "levels": levels_BL,
-    "documents": ones_BL,
-    "weights": ones_BL,
   }
 
 

@@ -5,10 +5,13 @@ knows the mesh axes: `data` splits the batch, `fsdp` splits the batch and the
 parameters, `tensor` splits heads and feed-forward columns.
 """
 
+import functools
+import hashlib
+
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aunet_jax.config import MeshConfig
@@ -94,13 +97,33 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         f"fsdp={fsdp} and tensor={tensor} stay inside a slice of "
         f"{len(devices) // num_slices} devices."
       )
-    grid = mesh_utils.create_hybrid_device_mesh(
-      (data // num_slices, fsdp, tensor), (num_slices, 1, 1), devices
+    make_grid = functools.partial(
+      mesh_utils.create_hybrid_device_mesh,
+      (data // num_slices, fsdp, tensor),
+      (num_slices, 1, 1),
+      devices,
     )
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+  else:
+    make_grid = functools.partial(_one_slice, shape, devices)
+  try:
+    grid = make_grid()
+  except NotImplementedError:
+    # By itself JAX gives an axis of the mesh complete axes of a TPU's torus
+    # alone, and tensor=2 finds none on 16 x 16 chips. A part of one will do.
+    grid = make_grid(allow_split_physical_axes=True)
   # Auto axes: Linen layers raise under the newer explicit sharding types.
-  return jax.make_mesh(
-    shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _one_slice(
+  shape, devices, allow_split_physical_axes: bool = False
+) -> np.ndarray:
+  if not allow_split_physical_axes:  # JAX's own choice, which differs by chip
+    axis_types = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    return mesh.devices
+  return mesh_utils.create_device_mesh(
+    shape, devices, allow_split_physical_axes=True
   )
 
 
@@ -185,10 +208,87 @@ def placed(shapes, shardings):
   )
 
 
+# ----- which process reads which rows ---------------------------------------
+
+
+def shares(process_DFT: np.ndarray) -> list[tuple[set[int], set[int]]]:
+  """The parts of a batch that processes read: (row shards, processes) each.
+
+  Processes whose devices hold the same row shards read the same part, as
+  where `tensor` spans several of them.
+
+  Args: process_DFT: the process of every device of the mesh.
+  Raises: ValueError where processes hold some of the same shards, but not all.
+  """
+  process_RT = process_DFT.reshape(-1, process_DFT.shape[-1])
+  shards_of: dict[int, set[int]] = {}
+  for shard, processes in enumerate(process_RT):
+    for process in processes.tolist():
+      shards_of.setdefault(process, set()).add(shard)
+  parts: dict[frozenset, set[int]] = {}
+  for process, shards in shards_of.items():
+    parts.setdefault(frozenset(shards), set()).add(process)
+  found = sorted(
+    ((set(s), p) for s, p in parts.items()), key=lambda x: min(x[0])
+  )
+  sizes = {len(shards) for shards, _ in found}
+  if len(sizes) > 1 or sum(len(s) for s, _ in found) != len(process_RT):
+    raise ValueError(
+      f"mesh data={process_DFT.shape[0]}, fsdp={process_DFT.shape[1]}, "
+      f"tensor={process_DFT.shape[2]} gives processes batch shards that only "
+      f"partly agree: { {p: sorted(s) for p, s in shards_of.items()} }. Use a "
+      f"tensor that divides the devices of a process, or is a multiple of them."
+    )
+  return found
+
+
+@functools.cache
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+  """Which part of every batch this process reads, of how many; see `shares`."""
+  process_DFT = np.vectorize(lambda device: device.process_index)(mesh.devices)
+  found = shares(process_DFT)
+  me = jax.process_index()
+  return next(i for i, (_, p) in enumerate(found) if me in p), len(found)
+
+
 def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a global batch, placed on its devices."""
+  """This process's rows of a global batch, placed on its devices.
+
+  Args: batch: the rows of `batch_share`.
+  """
   where = batch_sharding(mesh)
+  _, count = batch_share(mesh)
   return {
-    name: jax.make_array_from_process_local_data(where, value)
+    name: jax.make_array_from_process_local_data(
+      where, value, (value.shape[0] * count, *value.shape[1:])
+    )
     for name, value in batch.items()
   }
+
+
+def check_replicas(batch: dict[str, jax.Array]) -> None:
+  """Compares the rows of processes that must hold the same ones.
+
+  Raises: ValueError, on all processes, where they differ.
+  """
+  if jax.process_count() == 1:
+    return
+  digests = {}  # first row of a shard -> hash
+  for name in sorted(batch):
+    shards = {x.index[0].start or 0: x for x in batch[name].addressable_shards}
+    for first, shard in shards.items():
+      digest = digests.setdefault(first, hashlib.blake2b(digest_size=4))
+      digest.update(np.asarray(shard.data).tobytes())
+  mine = [
+    (first, int.from_bytes(digest.digest(), "little", signed=True))
+    for first, digest in digests.items()
+  ]
+  found_PS2 = multihost_utils.process_allgather(np.array(mine, np.int32))
+  for first in np.unique(found_PS2[:, :, 0]):
+    process, shard = np.nonzero(found_PS2[:, :, 0] == first)
+    if len(np.unique(found_PS2[process, shard, 1])) > 1:
+      raise ValueError(
+        f"processes {process.tolist()} hold the same part of each batch but "
+        f"read different rows of it: their data indexes differ. Give all "
+        f"processes the same sources, or one data.cache_dir."
+      )

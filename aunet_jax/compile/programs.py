@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from aunet_jax.aunet import network, sharding
 from aunet_jax.aunet.devices import GIB
 from aunet_jax.config import Config
+from aunet_jax.data import packing
 from aunet_jax.data.rows import make_rows
 from aunet_jax.generate import decode, generator, prefill, sampling
 from aunet_jax.splitting.splitter import Splitter
@@ -37,8 +38,6 @@ dnn_version_info { major: 9 minor: 28 patch: 1 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-
-_ROW_ARRAYS = ("bytes", "targets", "levels", "documents", "weights")
 
 
 class DoesNotFit(Exception):
@@ -142,15 +141,12 @@ def compile_train(config: Config, mesh):
   """The training step as `train` compiles it, for abstract arguments."""
   tx = optimizer.make_optimizer(config)
   abstract, shardings = state.abstract_state(config.model, tx, mesh)
-  row = jax.ShapeDtypeStruct(
-    (config.train.batch_size, config.model.capacities[0]),
-    jnp.int32,
+  batch = packing.abstract_batch(
+    config.train.batch_size,
+    config.model.capacities[0],
+    reads_tokens=config.data.tokenizer is not None,
     sharding=sharding.batch_sharding(mesh),
   )
-  names = _ROW_ARRAYS
-  if config.data.tokenizer is not None:
-    names = (*names, "target_bytes")
-  batch = dict.fromkeys(names, row)
   return _compile(
     lambda: step.compile_step(
       config, tx, mesh, shardings, sharding.placed(abstract, shardings), batch

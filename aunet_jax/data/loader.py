@@ -1,9 +1,10 @@
 """Batches of packed rows: a Grain pipeline over corpora.
 
-`open_corpora` decodes and packs the sources of a config once. `make_loader`
-reads rows by number: a global shuffle by seed, epochs of exactly one pass,
-and a state of one number that means the same at any number of processes and
-workers. docs/data.md states what an epoch, a mixture and a resume promise.
+`corpora.open_corpora` decodes and packs the sources of a config once.
+`make_loader` reads rows by number: a global shuffle by seed, epochs of exactly
+one pass, and a state of one number that means the same at any number of
+processes and workers. docs/data.md states what an epoch, a mixture and a resume
+promise.
 """
 
 import functools
@@ -17,15 +18,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from aunet_jax.data import corpora, packing
-
-Corpus = corpora.Corpus
-
-
-open_corpora = corpora.open_corpora
-
-
-pack_documents = packing.pack_documents
+from aunet_jax.data import packing
+from aunet_jax.data.corpora import Corpus
 
 
 @functools.cache  # one watcher a process
@@ -66,14 +60,14 @@ class _Rows:
     return {name: np.zeros_like(array) for name, array in row.items()}
 
 
-def _check_processes(batch_size: int, index: int, count: int) -> None:
+def _check_share(batch_size: int, index: int, count: int) -> None:
   if batch_size < 1 or batch_size % count:
     raise ValueError(
-      f"batch_size={batch_size} rows do not divide over {count} processes; "
-      f"use a multiple of {count}."
+      f"batch_size={batch_size} rows do not divide over the {count} groups of "
+      f"processes that read them; use a multiple of {count}."
     )
   if not 0 <= index < count:
-    raise ValueError(f"process_index={index} must be in [0, {count}).")
+    raise ValueError(f"share_index={index} must be in [0, {count}).")
 
 
 def _rows_dataset(corpus: Corpus, seed: int, batch_size: int):
@@ -135,8 +129,8 @@ def make_loader(
   *,
   seed: int,
   batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  share_index: int = 0,
+  share_count: int = 1,
   num_workers: int = 0,
 ) -> Loader:
   """An endless stream of batches, dicts of int32 arrays (B_local, L).
@@ -144,11 +138,13 @@ def make_loader(
   Args:
     seed: of the shuffle; each epoch has its own order.
     batch_size: rows over all processes, which must share them evenly.
+    share_index, share_count: which part of each batch this process reads;
+      processes that hold the same rows read the same part.
     num_workers: processes that read rows; 0 = threads of this one. A script
       that asks for some must guard its entry with `__name__ == "__main__"`.
-  Raises: ValueError where process_count does not divide batch_size.
+  Raises: ValueError where share_count does not divide batch_size.
   """
-  _check_processes(batch_size, process_index, process_count)
+  _check_share(batch_size, share_index, share_count)
   workers = None
   if num_workers:
     if not flags.FLAGS.is_parsed():
@@ -159,7 +155,7 @@ def make_loader(
     grain.experimental.ElasticIterator(
       _rows_dataset(corpus, seed % 2**32, batch_size),
       batch_size,
-      grain.sharding.ShardOptions(process_index, process_count),
+      grain.sharding.ShardOptions(share_index, share_count),
       read_options=grain.ReadOptions(threads, prefetch_buffer_size=threads),
       multiprocessing_options=workers,
     )
@@ -176,8 +172,8 @@ def evaluation_batches(
   corpus: Corpus,
   *,
   batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  share_index: int = 0,
+  share_count: int = 1,
   max_bytes: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Every row once, in order, as batches of int32 arrays (B_local, L).
@@ -187,16 +183,16 @@ def evaluation_batches(
   Args: max_bytes: about how much text to take, as rows spread evenly over the
     corpus; None = all of it.
   """
-  _check_processes(batch_size, process_index, process_count)
+  _check_share(batch_size, share_index, share_count)
   num_rows = corpus.num_rows
   if max_bytes is not None:
     share = min(1.0, max_bytes / corpus.num_bytes)
     num_rows = max(1, math.ceil(num_rows * share))
   chosen = np.arange(num_rows) * corpus.num_rows // num_rows
   rows = _Rows(corpus, corpus.num_rows + 1)
-  local = batch_size // process_count
+  local = batch_size // share_count
   for first in range(0, num_rows, batch_size):
-    mine = first + process_index * local + np.arange(local)
+    mine = first + share_index * local + np.arange(local)
     numbers = [chosen[i] if i < num_rows else corpus.num_rows for i in mine]
     batch = [rows[number] for number in numbers]
     yield packing.widen(

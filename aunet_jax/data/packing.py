@@ -11,6 +11,8 @@ official code instead cuts fixed rows of bytes, which leaves deep slots empty
 or loses boundaries. A document that fits what is left of a row is never cut.
 Which documents fill a row is a best-fit choice among a bounded window; one is
 cut only where none fits and more than `SLACK` of every stage is still empty.
+For evaluation, documents that fit a row are never cut (`keep_documents`), so
+that models are compared over the same contexts.
 
 A document of tokens is packed likewise, token for byte; it has one stage.
 
@@ -21,18 +23,18 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from aunet_jax import config
 from aunet_jax.compiled import compiled
 
 SLACK = 0.03  # a row this near to full closes rather than cut a document
-
-
-WINDOW_ROWS = 64  # text the window holds, in rows of stage 1
-
-
+WINDOW_ROWS = 64  # text the window holds at most, in rows of stage 1
+# More documents than this wait only until the window holds MIN_WINDOW_ROWS:
+# with fewer positions in it, tiny documents would leave rows half empty.
 WINDOW_DOCUMENTS = 1024
+MIN_WINDOW_ROWS = 2
 
 
 class Piece(NamedTuple):
@@ -42,16 +44,6 @@ class Piece(NamedTuple):
   start: int
   stop: int
   state: np.ndarray  # int32, of the splitter before byte `start`
-
-
-def has_state(splitter) -> bool:
-  """Whether a splitter can go on in the middle of a document.
-
-  Automata can: rows then keep the state at the start of each piece, and are
-  split anew when they are read. For others (an empty `start`) the levels of
-  whole documents are computed once and kept.
-  """
-  return len(splitter.start) > 0
 
 
 @compiled
@@ -91,37 +83,37 @@ def _longest(levels, room_S):
   return count, usage_S
 
 
-@compiled
 def _best_fit(usage_WS, room_S):
   """Fills the room: the oldest document first, then the largest that fits.
 
+  Room only shrinks, so one that does not fit when its turn comes never will.
+
   Returns: the chosen indices into the window, in order; `room_S` is updated.
   """
-  num_documents, num_stages = usage_WS.shape
-  taken_W = np.zeros(num_documents, np.bool_)
-  chosen = np.empty(num_documents, np.int64)
+  order_W = np.argsort(-usage_WS[:, -1], kind="stable")
+  oldest_first_W = np.concatenate([[0], order_W[order_W != 0]])
+  return _first_fit(usage_WS, oldest_first_W, room_S)
+
+
+@compiled
+def _first_fit(usage_WS, order_W, room_S):
+  """Takes documents in order, each that still fits."""
+  chosen = np.empty(len(order_W), np.int64)
   count = 0
-  while True:
-    best = -1
-    for i in range(num_documents):
-      if taken_W[i]:
-        continue
-      fits = True
-      for stage in range(num_stages - 1, -1, -1):
-        if usage_WS[i, stage] > room_S[stage]:
-          fits = False
-          break
-      if fits and (best < 0 or usage_WS[i, -1] > usage_WS[best, -1]):
-        best = i
-        if i == 0:
-          break
-    if best < 0:
-      return chosen[:count]
-    taken_W[best] = True
-    chosen[count] = best
-    count += 1
-    for stage in range(num_stages):
-      room_S[stage] -= usage_WS[best, stage]
+  for i in order_W:
+    if room_S[0] < 1:
+      break
+    fits = True
+    for stage in range(len(room_S) - 1, -1, -1):
+      if usage_WS[i, stage] > room_S[stage]:
+        fits = False
+        break
+    if fits:
+      chosen[count] = i
+      count += 1
+      for stage in range(len(room_S)):
+        room_S[stage] -= usage_WS[i, stage]
+  return chosen[:count]
 
 
 def check_capacities(capacities: Sequence[int], splitter) -> None:
@@ -141,24 +133,29 @@ class _Pending:
   """What is left of a document that waits in the window."""
 
   document: int
-  text: np.ndarray  # uint8, the whole document; or its tokens
+  text: np.ndarray  # uint8, all of the document; or its tokens
   start: int  # first position not yet in a row
   state: np.ndarray
-  all_levels: np.ndarray | None  # int8, of the whole text; None = use scan
   levels: np.ndarray  # int8, of bytes `start` on; no more than a row can hold
 
 
 class Packer:
   """Turns a stream of documents into rows, each a list of pieces.
 
-  The rows depend on the documents, their order, the splitter and the
-  capacities alone.
+  The rows depend on the documents, their order, the splitter, the capacities
+  and `keep_documents` alone.
   """
 
-  def __init__(self, splitter, capacities: Sequence[int]):
+  def __init__(
+    self, splitter, capacities: Sequence[int], keep_documents: bool = False
+  ):
+    """Args: keep_documents: leave room in a row rather than cut a document
+    that fits a row of its own; a longer one starts a row.
+    """
     check_capacities(capacities, splitter)
     self._splitter = splitter
     self._capacity_S = np.array(capacities, np.int64)
+    self._keep_documents = keep_documents
     self._window: list[_Pending] = []  # oldest first
     self._usage_WS = np.zeros(
       (WINDOW_DOCUMENTS + 1, len(capacities)), np.int64
@@ -177,41 +174,40 @@ class Packer:
     stop = pending.start + min(length, row_length) - 1
     if len(self._capacity_S) == 1:  # one stage: there is nothing to split
       pending.levels = np.zeros(stop - pending.start, np.int8)
-    elif pending.all_levels is None:
+    else:
       pending.levels, _ = self._splitter.scan(
         pending.text[pending.start : stop], pending.state
       )
-    else:
-      pending.levels = pending.all_levels[pending.start : stop]
     usage_S = _usage(pending.levels, len(self._capacity_S))
     usage_S[0] = length
     return usage_S
 
   def add(
-    self,
-    document: int,
-    text: bytes | np.ndarray,
-    levels: np.ndarray | None,
+    self, document: int, text: bytes | np.ndarray
   ) -> Iterator[list[Piece]]:
     """Takes a document; yields the rows that are then complete.
 
-    Args: text: its bytes; of a model of one stage, or its tokens. levels:
-      int8, of every byte, where the splitter has no state.
+    Args: text: its bytes; of a model of one stage, or its tokens.
     """
     pending = _Pending(
       document=document,
       text=np.frombuffer(text, np.uint8) if isinstance(text, bytes) else text,
       start=0,
       state=self._splitter.start,
-      all_levels=levels,
       levels=np.zeros(0, np.int8),
     )
+    if len(self._window) == len(self._usage_WS):
+      self._usage_WS = np.concatenate([self._usage_WS] * 2)
     self._usage_WS[len(self._window)] = self._measure(pending)
     self._window.append(pending)
     self._num_positions += len(text) + 1
-    limit = WINDOW_ROWS * int(self._capacity_S[0])
-    while self._num_positions > limit or len(self._window) > WINDOW_DOCUMENTS:
+    while self._is_full():
       yield self._close_row()
+
+  def _is_full(self) -> bool:
+    rows = self._num_positions / int(self._capacity_S[0])
+    many = len(self._window) > WINDOW_DOCUMENTS
+    return rows > (MIN_WINDOW_ROWS if many else WINDOW_ROWS)
 
   def finish(self) -> Iterator[list[Piece]]:
     """Yields the rows of the documents that still wait."""
@@ -226,7 +222,9 @@ class Packer:
       pieces = self._take(
         _best_fit(self._usage_WS[: len(self._window)], room_S)
       )
-      if self._window and (room_S > SLACK * self._capacity_S).all():
+      slack_S = SLACK * self._capacity_S
+      cuts = not self._keep_documents and (room_S > slack_S).all()
+      if self._window and cuts:
         size_WS = self._usage_WS[: len(self._window)] / self._capacity_S
         size_W = size_WS.max(axis=1)
         # One that must be cut anyway, the oldest such; else the largest.
@@ -257,7 +255,7 @@ class Packer:
     count, usage_S = _longest(pending.levels, room_S)
     stop = pending.start + count
     piece = Piece(pending.document, pending.start, stop, pending.state)
-    if pending.all_levels is None and len(self._capacity_S) > 1:
+    if len(self._capacity_S) > 1:
       _, pending.state = self._splitter.scan(
         pending.text[pending.start : stop], pending.state
       )
@@ -268,10 +266,40 @@ class Packer:
     return piece
 
 
+# ----- rows and batches -----------------------------------------------------
+
+
+def field_names(reads_tokens: bool = False) -> tuple[str, ...]:
+  """What a batch holds, each int32 (B, L).
+
+  `bytes`: ids read, BOS at document starts. `targets`: ids to predict, EOS at
+  document ends. `levels`. `documents`: 1, 2, ... in order; 0 = padding.
+  `weights`: 1 where there is a target; 0 = padding. Of a model of tokens also
+  `target_bytes`: how many bytes of text every target is.
+  """
+  names = ("bytes", "targets", "levels", "documents", "weights")
+  return (*names, "target_bytes") if reads_tokens else names
+
+
+def abstract_batch(
+  num_rows: int, length: int, reads_tokens: bool, sharding=None
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shape of a batch, for programs that are compiled before there is one.
+
+  Args: sharding: a jax.sharding.Sharding of every array.
+  """
+  array = jax.ShapeDtypeStruct((num_rows, length), np.int32, sharding=sharding)
+  return dict.fromkeys(field_names(reads_tokens), array)
+
+
+def start_to_read(piece: Piece) -> int:
+  """The first unit of the document that a piece needs; see `fill_row`."""
+  return max(piece.start - 1, 0)
+
+
 def fill_row(
-  pieces: Iterable[Piece],
-  read,
-  read_levels,
+  pieces: Sequence[Piece],
+  units: Sequence[np.ndarray],
   splitter,
   length: int,
   bos: int = config.BOS,
@@ -281,9 +309,8 @@ def fill_row(
 
   Args:
     pieces: what stands in the row, in order.
-    read: function of (document, start, stop) giving those bytes of a
-      document's text as uint8, or those tokens, cut off at its end.
-    read_levels: as `read`, of levels as int8; for splitters without a state.
+    units: of every piece, the bytes of its document from `start_to_read` to
+      `stop`, less what lies past the document's end, as uint8; or the tokens.
     splitter: the one the row was packed with.
     length: positions of the row, L.
     bos, eos: the largest ids there are; a tokenizer has its own.
@@ -298,27 +325,22 @@ def fill_row(
     "documents": np.zeros(length, np.min_scalar_type(length)),
   }
   at = 0
-  for number, piece in enumerate(pieces, start=1):
+  for number, (piece, text) in enumerate(
+    zip(pieces, units, strict=True), start=1
+  ):
     end = at + piece.stop - piece.start
     if piece.start == 0:
-      text = read(piece.document, 0, piece.stop)
       row["bytes"][at] = bos
     else:
-      before = read(piece.document, piece.start - 1, piece.stop)
-      row["bytes"][at], text = before[0], before[1:]
+      row["bytes"][at], text = text[0], text[1:]
     inside = text[: piece.stop - piece.start - 1]
     row["bytes"][at + 1 : end] = inside
     row["targets"][at : at + len(text)] = text
     if len(text) < piece.stop - piece.start:
       row["targets"][end - 1] = eos
     row["levels"][at] = splitter.num_levels
-    if splitter.num_levels == 0:
-      levels = 0
-    elif has_state(splitter):
-      levels, _ = splitter.scan(inside, piece.state)
-    else:
-      levels = read_levels(piece.document, piece.start, piece.stop - 1)
-    row["levels"][at + 1 : end] = levels
+    if splitter.num_levels > 0:
+      row["levels"][at + 1 : end], _ = splitter.scan(inside, piece.state)
     row["documents"][at:end] = number
     at = end
   return row
@@ -327,11 +349,7 @@ def fill_row(
 def widen(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """What the model takes, from rows as `fill_row` gives them.
 
-  Returns: int32 arrays of the same shape: `bytes` (ids read, BOS at document
-    starts), `targets` (ids to predict, EOS at document ends), `levels`,
-    `documents` (1, 2, ... in order; 0 = padding) and `weights` (1 where there
-    is a target; 0 = padding). Rows of tokens have their ids for `bytes` and,
-    as `target_bytes`, how many bytes of text every target is.
+  Returns: int32 arrays of the same shape; see `field_names`.
   """
   wide = {name: array.astype(np.int32) for name, array in arrays.items()}
   wide["weights"] = (arrays["documents"] > 0).astype(np.int32)
@@ -339,29 +357,27 @@ def widen(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def pack_documents(
-  documents: Iterable[bytes], splitter, capacities: Sequence[int]
+  documents: Iterable[bytes],
+  splitter,
+  capacities: Sequence[int],
+  keep_documents: bool = False,
 ) -> list[dict[str, np.ndarray]]:
   """Rows of texts in memory, packed as a corpus is; see `widen`.
 
   Args: documents: each may be empty (BOS predicts EOS).
   """
   texts = list(documents)
-  levels = [None] * len(texts)
-  if not has_state(splitter):
-    levels = [splitter.levels(text) for text in texts]
-  packer = Packer(splitter, capacities)
+  packer = Packer(splitter, capacities, keep_documents)
   rows = []
   for number, text in enumerate(texts):
-    rows.extend(packer.add(number, text, levels[number]))
+    rows.extend(packer.add(number, text))
   rows.extend(packer.finish())
 
-  def read(document, start, stop):
-    return np.frombuffer(texts[document][start:stop], np.uint8)
+  def arrays(pieces):
+    units = [
+      np.frombuffer(texts[p.document][start_to_read(p) : p.stop], np.uint8)
+      for p in pieces
+    ]
+    return widen(fill_row(pieces, units, splitter, capacities[0]))
 
-  def read_levels(document, start, stop):
-    return levels[document][start:stop]
-
-  return [
-    widen(fill_row(row, read, read_levels, splitter, capacities[0]))
-    for row in rows
-  ]
+  return [arrays(pieces) for pieces in rows]

@@ -9,7 +9,7 @@ all of those rows use.
 import dataclasses
 import heapq
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -24,6 +24,21 @@ MIN_ROWS = 8  # text a sample needs, in rows
 
 
 _QUANTILE = 0.995  # of rows whose need a stage between meets
+_BLOCK = 1 << 22  # bytes split at a time
+
+
+def level_blocks(splitter, text: bytes) -> Iterator[np.ndarray]:
+  """Levels of a document's bytes, a block at a time.
+
+  So that a document of gigabytes takes no multiple of its size.
+  """
+  state = splitter.start
+  view = memoryview(text)
+  for at in range(0, len(text), _BLOCK):
+    levels, state = splitter.scan(
+      np.frombuffer(view[at : at + _BLOCK], np.uint8), state
+    )
+    yield levels
 
 
 class SegmentCounter:
@@ -39,19 +54,31 @@ class SegmentCounter:
   def __init__(self, num_levels: int):
     self._counts = np.zeros((num_levels, self._SIZE + 1), np.int64)
     self._longest = np.zeros(num_levels, np.int64)
+    self._open = np.zeros(num_levels, np.int64)  # length of the last segment
     self._positions = 0
 
-  def add(self, levels: np.ndarray) -> None:
-    """Takes the levels of one document's bytes."""
-    self._positions += len(levels) + 1
-    for row, counts in enumerate(self._counts):
-      starts = np.flatnonzero(levels > row) + 1
-      edges = np.concatenate([[0], starts, [len(levels) + 1]])
-      lengths = np.diff(edges)
-      self._longest[row] = max(self._longest[row], lengths.max())
-      counts += np.bincount(
-        np.minimum(lengths, self._SIZE), minlength=self._SIZE + 1
-      )
+  def add(self, blocks: Iterable[np.ndarray]) -> None:
+    """Takes the levels of one document's bytes; see `level_blocks`."""
+    self._positions += 1
+    self._open[:] = 1  # BOS
+    for levels in blocks:
+      self._positions += len(levels)
+      for row in range(len(self._counts)):
+        starts = np.flatnonzero(levels > row)
+        if not len(starts):
+          self._open[row] += len(levels)
+          continue
+        lengths = np.diff(starts, prepend=-self._open[row])
+        self._count(row, lengths)
+        self._open[row] = len(levels) - starts[-1]
+    for row, length in enumerate(self._open):
+      self._count(row, np.array([length]))
+
+  def _count(self, row: int, lengths: np.ndarray) -> None:
+    self._longest[row] = max(self._longest[row], lengths.max())
+    self._counts[row] += np.bincount(
+      np.minimum(lengths, self._SIZE), minlength=self._SIZE + 1
+    )
 
   def summary(self, rules: Sequence[str]) -> list[dict]:
     """One dict per stage below the bytes, in JSON types."""
@@ -100,8 +127,7 @@ def pack_usage(
 
   number = 0
   for number, text in enumerate(documents, start=1):
-    known = None if packing.has_state(splitter) else splitter.levels(text)
-    take(packer.add(number, text, known))
+    take(packer.add(number, text))
   take(packer.finish())
   return np.array(usage), pieces - number
 
@@ -165,10 +191,22 @@ class _Longest:
     self._count = count
     self._heap: list[tuple[int, str, int, bytes]] = []
 
-  def add(self, name: str, text: bytes, levels: np.ndarray) -> None:
+  def add(
+    self, name: str, text: bytes, blocks: Iterable[np.ndarray]
+  ) -> Iterator[np.ndarray]:
+    """Takes the levels of a document as they pass."""
+    at = start = 0  # of the block; of the segment
+    for levels in blocks:
+      yield levels
+      edges = np.concatenate(([start], np.flatnonzero(levels) + 1 + at))
+      at += len(levels)
+      start = int(edges[-1])
+      self._offer(name, text, edges)
+    self._offer(name, text, np.array([start, at]))
+
+  def _offer(self, name: str, text: bytes, edges: np.ndarray) -> None:
     if self._count < 1:
       return
-    edges = np.concatenate(([0], np.flatnonzero(levels) + 1, [len(text)]))
     lengths = np.diff(edges)
     for index in np.argsort(-lengths, kind="stable")[: self._count]:
       length, start = int(lengths[index]), int(edges[index])
@@ -207,12 +245,20 @@ def statistics(
   num_documents = num_bytes = 0
   splitter.levels(b"")  # compiles the loop, which is not to be timed
   seconds = 0.0
+
+  def timed(blocks):
+    nonlocal seconds
+    while True:
+      before = time.perf_counter()
+      levels = next(blocks, None)
+      seconds += time.perf_counter() - before
+      if levels is None:
+        return
+      yield levels
+
   for name, text in documents:
-    before = time.perf_counter()
-    levels = splitter.levels(text)
-    seconds += time.perf_counter() - before
-    counter.add(levels)
-    longest.add(name, text, levels)
+    blocks = timed(level_blocks(splitter, text))
+    counter.add(longest.add(name, text, blocks))
     num_documents += 1
     num_bytes += len(text)
     room = _PLAN_ROWS * row_bytes - sample_bytes

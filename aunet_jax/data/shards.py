@@ -1,8 +1,10 @@
 """Any source to shuffled shards of documents, in one pass."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -13,8 +15,16 @@ import numpy as np
 
 from aunet_jax.data import planner, reading, sources
 from aunet_jax.data.reading import log_to_stderr as log
+from aunet_jax.files import Lock
 
 SAMPLE_ROWS = 2000  # rows of text that a plan is made from
+
+
+_MARK = "being_written.lock"  # in a directory of ours that is not finished
+_OURS = {
+  _MARK, "train", "heldout", "train.scratch", "heldout.scratch",
+  "skipped.jsonl", "index.json",
+}  # fmt: skip
 
 
 # ----- the shards -----------------------------------------------------------
@@ -38,24 +48,25 @@ class _Split:
     self._file.write(text)
     self.sizes.append(len(text))
 
-  def _read(self, numbers: np.ndarray) -> Iterator[bytes]:
+  def _read(self, numbers: np.ndarray, total: float) -> Iterator[bytes]:
+    """The documents, up to `total` bytes of them."""
     self._file.flush()
     sizes = np.array(self.sizes, np.int64)
     offsets = np.cumsum(sizes) - sizes
+    # A buffered file reads on after the 2 GiB that one system call gives.
     with open(self.path, "rb") as text:
       for number in numbers:
-        yield os.pread(text.fileno(), int(sizes[number]), int(offsets[number]))
+        text.seek(int(offsets[number]))
+        size = int(min(sizes[number], total))
+        total -= size
+        yield text.read(size)
+        if total <= 0:
+          return
 
   def sample(self, num_bytes: int, seed: int) -> list[bytes]:
     """Random documents of about so many bytes."""
-    documents, total = [], 0
     order = np.random.default_rng(seed).permutation(len(self.sizes))
-    for text in self._read(order):
-      documents.append(text[: num_bytes - total])
-      total += len(documents[-1])
-      if total == num_bytes:
-        break
-    return documents
+    return list(self._read(order, num_bytes))
 
   def write_shards(
     self, directory: pathlib.Path, shard_bytes: int, seed: int
@@ -76,7 +87,7 @@ class _Split:
       writer = array_record_module.ArrayRecordWriter(
         str(directory / name), "group_size:1"
       )
-      for text in self._read(mine):
+      for text in self._read(mine, math.inf):
         writer.write(text)
       writer.close()
       shards.append(
@@ -98,16 +109,52 @@ def write(args: argparse.Namespace, splitter, rules: list[str]) -> dict:
   if output.exists():
     raise ValueError(f"--output={output} exists; remove it or name another.")
   partial = output.with_name(output.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-  partial.mkdir(parents=True)
   start = time.monotonic()
-  try:
-    index = _write_into(partial, args, splitter, rules)
-    partial.rename(output)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+  with _scratch(partial) as directory:
+    index = _write_into(directory, args, splitter, rules)
+    (directory / _MARK).unlink()
+    directory.rename(output)
   log(f"wrote {output} in {time.monotonic() - start:.1f} s")
   return index
+
+
+@contextlib.contextmanager
+def _scratch(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A directory for as long as it is used, unless it was renamed.
+
+  One that a killed run left is used again; one of somebody else's never is.
+
+  Raises: ValueError where something else has that name.
+  """
+  if os.path.lexists(path):
+    ours = not path.is_symlink() and path.is_dir() and (path / _MARK).is_file()
+    if not ours or {entry.name for entry in path.iterdir()} - _OURS:
+      raise ValueError(
+        f"{path} is in the way, and not of this command alone; move it, or "
+        f"name another --output."
+      )
+  path.mkdir(parents=True, exist_ok=True)
+  with contextlib.closing(Lock(path / _MARK)) as lock:
+    if not lock.take(wait=False):
+      raise ValueError(f"another process is writing {path}; wait for it.")
+    try:
+      _remove_ours(path, but=_MARK)
+      yield path
+    finally:
+      if path.is_dir():
+        _remove_ours(path)
+        with contextlib.suppress(OSError):  # not empty: something was put in
+          path.rmdir()
+
+
+def _remove_ours(path: pathlib.Path, but: str | None = None) -> None:
+  for entry in path.iterdir():
+    if entry.name == but or entry.name not in _OURS:
+      continue
+    if entry.is_dir() and not entry.is_symlink():
+      shutil.rmtree(entry)
+    else:
+      entry.unlink()
 
 
 def _write_into(
@@ -132,7 +179,7 @@ def _write_into(
       held = reading.is_heldout(digest, args.heldout_fraction)
       name = "heldout" if held else "train"
       splits[name].add(record.text)
-      counters[name].add(splitter.levels(record.text))
+      counters[name].add(planner.level_blocks(splitter, record.text))
     if not tally.num_good:
       raise ValueError(f"{args.input} holds no documents to write.")
     index = {

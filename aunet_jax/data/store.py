@@ -1,27 +1,39 @@
 """A packed corpus on disk: documents decoded once, rows found by number.
 
 A store is a directory: `text.bin` holds the documents end to end,
-`pieces.bin` every row's spans with the splitter's state at each (where it has
-none, `levels.bin` holds the level of every byte), and small index files tell
-where documents and rows begin. For a model that reads tokens, `tokens.bin`
-holds the documents' tokens, made once, `token_documents.bin` where each begins,
-and `token_bytes.bin` how many bytes every id is. Rows are read with positioned
-reads rather than a memory map, so memory stays flat however long a run is,
-and any thread or process may read any row.
+`pieces.bin` every row's spans with the splitter's state at each, and small
+index files tell where documents and rows begin. For a model that reads tokens,
+`tokens.bin` holds the documents' tokens, made once, `token_documents.bin` where
+each begins, and `token_bytes.bin` how many bytes every id is. Rows are read
+with positioned reads rather than a memory map, so memory stays flat however
+long a run is, and any thread or process may read any row.
+
+`summary.json` has the size of every file and `checksums.bin` a checksum of
+every block of them. Sizes, the summary and the checksums themselves are checked
+when a store opens, blocks when they are first read, and every number of the
+index against what it may be before it is used.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
-import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from aunet_jax.data import packing
+from aunet_jax import files
+from aunet_jax.config import BOS, EOS
+from aunet_jax.data import blocks, packing
 
-FORMAT = 2  # raise it when what the files hold, or the packing, changes
+FORMAT = 3  # raise it when what the files hold, or the packing, changes
+_UNCHECKED_FORMAT = 2  # had no checksums; a run that began with one goes on
+
+_DIGESTS = 1 << 20  # read at a time
+
+DamagedError = blocks.DamagedError
 
 
 def _piece_dtype(state_size: int) -> np.dtype:
@@ -35,6 +47,29 @@ def _piece_dtype(state_size: int) -> np.dtype:
   )
 
 
+def checksum(content: dict) -> int:
+  """Of a JSON object, however it is laid out."""
+  return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """An object that was written with its own `checksum`; without it.
+
+  Raises: OSError, DamagedError.
+  """
+  try:
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise DamagedError(f"{path.name} is not JSON: {error}") from None
+  if not isinstance(content, dict):
+    raise DamagedError(f"{path.name} is no JSON object")
+  unchecked = content.get("format") == _UNCHECKED_FORMAT
+  if "checksum" in content or not unchecked:
+    if content.pop("checksum", None) != checksum(content):
+      raise DamagedError(f"{path.name} was changed")
+  return content
+
+
 class StoreWriter:
   """Packs documents as they come and writes a store.
 
@@ -42,38 +77,36 @@ class StoreWriter:
   """
 
   def __init__(
-    self, directory: pathlib.Path, splitter, capacities, tokenizer=None
+    self,
+    directory: pathlib.Path,
+    splitter,
+    capacities,
+    tokenizer=None,
+    keep_documents: bool = False,
   ):
-    """Args: tokenizer: None = rows of bytes."""
+    """Args: tokenizer: None = rows of bytes. keep_documents: see `Packer`."""
     directory.mkdir(parents=True)
     self._directory = directory
     self._splitter = splitter
     self._capacities = tuple(capacities)
-    self._packer = packing.Packer(splitter, capacities)
+    self._keep_documents = keep_documents
+    self._packer = packing.Packer(splitter, capacities, keep_documents)
     self._dtype = _piece_dtype(len(splitter.start))
-    self._files = {
-      name: open(directory / name, "wb")
-      for name in (
-        "text.bin",
-        "documents.bin",
-        "names.jsonl",
-        "pieces.bin",
-        "rows.bin",
-      )
-    }
-    self._stores_levels = not packing.has_state(splitter)
-    if self._stores_levels:
-      self._files["levels.bin"] = open(directory / "levels.bin", "wb")
     self._tokenizer = tokenizer
+    names = ["text.bin", "documents.bin", "digests.bin", "names.jsonl"]
+    names += ["pieces.bin", "rows.bin"]
     if tokenizer is not None:
-      for name in ("tokens.bin", "token_documents.bin"):
-        self._files[name] = open(directory / name, "wb")
-      self._write_int("token_documents.bin", 0)
+      names += ["tokens.bin", "token_documents.bin", "token_bytes.bin"]
+    self._files = {name: blocks.Writer(directory / name) for name in names}
     self._content = hashlib.blake2b(digest_size=16)
     self.num_documents = self.num_bytes = self._num_tokens = 0
     self._num_rows = self._num_pieces = 0
     self._write_int("documents.bin", 0)
     self._write_int("rows.bin", 0)
+    if tokenizer is not None:
+      self._write_int("token_documents.bin", 0)
+      table = tokenizer.num_bytes.astype("<i4")
+      self._files["token_bytes.bin"].write(table.tobytes())
 
   def __enter__(self):
     return self
@@ -89,18 +122,15 @@ class StoreWriter:
     """Takes a document; `digest` is a hash of its text."""
     self._files["text.bin"].write(text)
     self._files["names.jsonl"].write(json.dumps(name).encode() + b"\n")
+    self._files["digests.bin"].write(digest[:8])
     self._content.update(digest)
-    levels = None
-    if self._stores_levels:
-      levels = self._splitter.levels(text)
-      self._files["levels.bin"].write(levels.tobytes())
     units = text
     if self._tokenizer is not None:
       units = self._tokenizer.encode(text)
       self._files["tokens.bin"].write(units.tobytes())
       self._num_tokens += len(units)
       self._write_int("token_documents.bin", self._num_tokens)
-    self._write_rows(self._packer.add(self.num_documents, units, levels))
+    self._write_rows(self._packer.add(self.num_documents, units))
     self.num_documents += 1
     self.num_bytes += len(text)
     self._write_int("documents.bin", self.num_bytes)
@@ -125,43 +155,61 @@ class StoreWriter:
         "token_dtype": self._tokenizer.dtype.str,
         "num_tokens": self._num_tokens,
       }
-      table = self._tokenizer.num_bytes.astype("<i4")
-      (self._directory / "token_bytes.bin").write_bytes(table.tobytes())
-    for file in self._files.values():
-      file.flush()
-      os.fsync(file.fileno())
+    sums = [file.finish() for file in self._files.values()]
+    sums = np.concatenate(sums).tobytes()
+    with contextlib.closing(
+      blocks.Writer(self._directory / "checksums.bin")
+    ) as file:
+      file.write(sums)
+      file.finish()
     identity = hashlib.blake2b(self._content.digest(), digest_size=16)
-    how = [FORMAT, self._splitter.hash, self._capacities]
+    how = [FORMAT, self._splitter.hash, self._capacities, self._keep_documents]
     if self._tokenizer is not None:
       how.append(self._tokenizer.hash)
     identity.update(json.dumps(how).encode())
     summary = {
       "format": FORMAT,
       "fingerprint": identity.hexdigest(),
+      "content": self._content.hexdigest(),
       "splitter_hash": self._splitter.hash,
       "capacities": self._capacities,
+      "keep_documents": self._keep_documents,
       "state_size": len(self._splitter.start),
       "num_rows": self._num_rows,
+      "num_pieces": self._num_pieces,
       "num_documents": self.num_documents,
       "num_bytes": self.num_bytes,
       "num_cuts": self._num_pieces - self.num_documents,
       "used": self._packer.used_S.tolist(),
       **extra,
+      "files": {name: file.size for name, file in self._files.items()},
+      "checksum_of_checksums": zlib.crc32(sums),
     }
-    path = self._directory / "summary.json"
-    with open(path, "w") as file:
-      json.dump(summary, file, indent=2)
-      file.flush()
-      os.fsync(file.fileno())
+    write_json(self._directory / "summary.json", summary)
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+  """Writes what `read_json` reads."""
+  content = {**content, "checksum": checksum(content)}
+  files.write_whole(path, json.dumps(content, indent=2))
+
+
+def damaged(index: pathlib.Path, error: Exception) -> DamagedError:
+  """Args: index: the directory that holds the stores."""
+  return DamagedError(
+    f"the data index {index} is damaged ({error}); delete that directory to "
+    f"rebuild it."
+  )
 
 
 class Store:
-  """Reads a finished store. Cheap to pickle: a worker opens it anew.
+  """Reads a finished store. Cheap to pickle: a worker opens its own.
 
   Attributes:
-    summary: counts of the whole: num_rows, num_documents, num_bytes, num_cuts,
+    summary: counts of all of it: num_rows, num_documents, num_bytes, num_cuts,
       used (slots per stage), fingerprint, splitter_hash, capacities; of tokens
       also num_tokens, tokenizer_hash, bos, eos.
+  Raises: DamagedError, from every method: a file is not as it was written.
   """
 
   def __init__(self, directory: str | os.PathLike, splitter):
@@ -169,113 +217,186 @@ class Store:
     self._splitter = splitter
     try:
       self._open_files()
-    except (OSError, ValueError) as error:
-      raise ValueError(
-        f"the data index {self._directory} is damaged ({error}); delete that "
-        f"directory to rebuild it."
-      ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise damaged(self._directory.parent, error) from error
 
   def _open_files(self) -> None:
-    self.summary = json.loads((self._directory / "summary.json").read_text())
-    self._text = self._open("text.bin")
-    if not packing.has_state(self._splitter):
-      self._levels = self._open("levels.bin")
-    self._documents = self._map("documents.bin", "<i8")
-    self._reads_tokens = "tokenizer_hash" in self.summary
-    if self._reads_tokens:
-      self._tokens = self._open("tokens.bin")
-      self._token_dtype = np.dtype(self.summary["token_dtype"])
-      self._token_documents = self._map("token_documents.bin", "<i8")
-      self._token_bytes = self._map("token_bytes.bin", "<i4")
-      found = os.fstat(self._tokens).st_size // self._token_dtype.itemsize
-      if found != self.summary["num_tokens"]:
-        raise ValueError(
-          f"it holds {found} tokens, not {self.summary['num_tokens']}"
-        )
-    self._rows = self._map("rows.bin", "<i8")
-    self._pieces = self._map(
-      "pieces.bin", _piece_dtype(self.summary["state_size"])
+    self.summary = summary = read_json(self._directory / "summary.json")
+    self._reads_tokens = "tokenizer_hash" in summary
+    known = summary["format"]
+    if known == FORMAT:
+      sizes = summary["files"]
+      sums = self._read_checksums(sizes)
+    elif known == _UNCHECKED_FORMAT:
+      sizes, sums = self._sizes_of_format_2(), {}
+    else:
+      raise DamagedError(
+        f"its format {known} is not {FORMAT}, of another version of aunet_jax"
+      )
+
+    def open_file(name):
+      path = self._directory / name
+      return blocks.Reader(path, sizes[name], sums.get(name))
+
+    self._text = open_file("text.bin")
+    self._names = open_file("names.jsonl")
+    self._documents = blocks.Table(open_file("documents.bin"), "<i8")
+    self._rows = blocks.Table(open_file("rows.bin"), "<i8")
+    self._pieces = blocks.Table(
+      open_file("pieces.bin"), _piece_dtype(len(self._splitter.start))
     )
+    if known == FORMAT:
+      self._digests = blocks.Table(open_file("digests.bin"), "<u8")
+    if self._reads_tokens:
+      dtype = np.dtype(summary["token_dtype"])
+      self._tokens = blocks.Table(open_file("tokens.bin"), dtype)
+      self._token_documents = blocks.Table(
+        open_file("token_documents.bin"), "<i8"
+      )
+      table = blocks.Table(open_file("token_bytes.bin"), "<i4")
+      self._token_bytes = table.read(0, len(table))
+      if len(table) != summary["eos"] + 1 or summary["bos"] > summary["eos"]:
+        raise DamagedError("it does not know the bytes of every token")
     for name, found, expected in (
-      ("bytes", os.fstat(self._text).st_size, self.summary["num_bytes"]),
-      ("documents", len(self._documents) - 1, self.summary["num_documents"]),
-      ("rows", len(self._rows) - 1, self.summary["num_rows"]),
-      ("pieces", len(self._pieces), int(self._rows[-1])),
+      ("documents", len(self._documents) - 1, summary["num_documents"]),
+      ("rows", len(self._rows) - 1, summary["num_rows"]),
     ):
       if found != expected:
-        raise ValueError(f"it holds {found} {name}, not {expected}")
+        raise DamagedError(f"it holds {found} {name}, not {expected}")
+
+  def _read_checksums(self, sizes: dict) -> dict[str, np.ndarray]:
+    path = self._directory / "checksums.bin"
+    counts = {name: -(-size // blocks.BLOCK) for name, size in sizes.items()}
+    reader = blocks.Reader(path, 4 * sum(counts.values()), None)
+    raw = reader.read(0, reader.size)
+    if zlib.crc32(raw) != self.summary["checksum_of_checksums"]:
+      raise DamagedError(f"{path.name} was changed")
+    parts = np.split(raw.view("<u4"), np.cumsum(list(counts.values()))[:-1])
+    return dict(zip(counts, parts, strict=True))
+
+  def _sizes_of_format_2(self) -> dict[str, int]:
+    summary = self.summary
+    rows = blocks.Reader(
+      self._directory / "rows.bin", 8 * (summary["num_rows"] + 1), None
+    )
+    last = summary["num_rows"]
+    num_pieces = int(blocks.Table(rows, "<i8").read(last, last + 1)[0])
+    itemsize = _piece_dtype(summary["state_size"]).itemsize
+    sizes = {
+      "text.bin": summary["num_bytes"],
+      "names.jsonl": os.stat(self._directory / "names.jsonl").st_size,
+      "documents.bin": 8 * (summary["num_documents"] + 1),
+      "rows.bin": rows.size,
+      "pieces.bin": num_pieces * itemsize,
+    }
+    if self._reads_tokens:
+      itemsize = np.dtype(summary["token_dtype"]).itemsize
+      sizes["tokens.bin"] = summary["num_tokens"] * itemsize
+      sizes["token_documents.bin"] = sizes["documents.bin"]
+      sizes["token_bytes.bin"] = 4 * (summary["eos"] + 1)
+    return sizes
 
   def __reduce__(self):
     return Store, (self._directory, self._splitter)
-
-  def _open(self, name: str) -> int:
-    descriptor = os.open(self._directory / name, os.O_RDONLY)
-    weakref.finalize(self, os.close, descriptor)
-    return descriptor
-
-  def _map(self, name: str, dtype) -> np.ndarray:
-    # As a plain array, whose elements are much cheaper to take.
-    return np.memmap(self._directory / name, dtype, mode="r").view(np.ndarray)
 
   @property
   def num_rows(self) -> int:
     return self.summary["num_rows"]
 
-  def _read(self, document: int, start: int, stop: int) -> np.ndarray:
-    """Bytes [start, stop) of a document, less what lies past its end."""
-    begin = int(self._documents[document])
-    end = int(self._documents[document + 1])
-    wanted = min(begin + stop, end) - begin - start
-    text = os.pread(self._text, wanted, begin + start)
-    return np.frombuffer(text, np.uint8)
-
-  def _read_tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-    """As `_read`, of tokens."""
-    begin = int(self._token_documents[document])
-    end = int(self._token_documents[document + 1])
-    wanted = min(begin + stop, end) - begin - start
-    size = self._token_dtype.itemsize
-    raw = os.pread(self._tokens, wanted * size, (begin + start) * size)
-    return np.frombuffer(raw, self._token_dtype)
-
-  def _read_levels(self, document: int, start: int, stop: int) -> np.ndarray:
-    begin = int(self._documents[document]) + start
-    return np.frombuffer(os.pread(self._levels, stop - start, begin), np.int8)
+  @contextlib.contextmanager
+  def _naming_itself(self):
+    try:
+      yield
+    except DamagedError as error:
+      raise damaged(self._directory.parent, error) from error
 
   def pieces(self, index: int) -> list[packing.Piece]:
-    first, last = int(self._rows[index]), int(self._rows[index + 1])
-    return [
-      packing.Piece(int(p[0]), int(p[1]), int(p[2]), np.array(p[3]))
-      for p in self._pieces[first:last]
-    ]
+    """The pieces of a row, in order."""
+    with self._naming_itself():
+      return self._read_pieces(index)
+
+  def _read_pieces(self, index: int) -> list[packing.Piece]:
+    first, last = self._rows.read(index, index + 2).tolist()
+    found = self._pieces.read(first, last)
+    # As Python's numbers, which cost least for the few pieces of most rows.
+    pieces, room = [], self.summary["capacities"][0]
+    for (document, start, stop, _), state in zip(
+      found.tolist(), found["state"], strict=True
+    ):
+      room -= stop - start
+      if not 0 <= start < stop or room < 0:
+        raise DamagedError(f"row {index} has a piece that cannot be")
+      pieces.append(packing.Piece(document, start, stop, state))
+    return pieces
+
+  def _span(self, bounds: blocks.Table, document: int) -> tuple[int, int]:
+    if not 0 <= document < self.summary["num_documents"]:
+      raise DamagedError(f"there is no document {document}")
+    begin, end = bounds.read(document, document + 2).tolist()
+    if not 0 <= begin <= end:
+      raise DamagedError(f"document {document} cannot be at {begin} to {end}")
+    return begin, end
+
+  def _units(self, piece: packing.Piece) -> np.ndarray:
+    """Bytes, or tokens, of a piece; see `packing.fill_row`."""
+    if self._reads_tokens:
+      bounds, units = self._token_documents, self._tokens
+    else:
+      bounds, units = self._documents, self._text
+    begin, end = self._span(bounds, piece.document)
+    if piece.stop > end - begin + 1:
+      raise DamagedError(f"document {piece.document} ends before {piece.stop}")
+    start = begin + packing.start_to_read(piece)
+    return units.read(start, min(begin + piece.stop, end))
 
   def row(self, index: int) -> dict[str, np.ndarray]:
     """The arrays of a row, 0 <= index < num_rows; see `packing.fill_row`."""
-    length, pieces = self.summary["capacities"][0], self.pieces(index)
+    length = self.summary["capacities"][0]
+    with self._naming_itself():
+      pieces = self._read_pieces(index)
+      units = [self._units(piece) for piece in pieces]
+    bos, eos = self.summary.get("bos", BOS), self.summary.get("eos", EOS)
+    if self._reads_tokens and any((text >= bos).any() for text in units):
+      raise damaged(self._directory.parent, DamagedError("a token has no text"))
+    try:
+      row = packing.fill_row(pieces, units, self._splitter, length, bos, eos)
+    except ValueError as error:  # of the splitter: a state there cannot be
+      raise damaged(self._directory.parent, error) from error
     if not self._reads_tokens:
-      return packing.fill_row(
-        pieces, self._read, self._read_levels, self._splitter, length
-      )
-    row = packing.fill_row(
-      pieces,
-      self._read_tokens,
-      self._read_levels,
-      self._splitter,
-      length,
-      self.summary["bos"],
-      self.summary["eos"],
-    )
+      return row
     sizes = self._token_bytes[row["targets"]]
     row["target_bytes"] = np.where(row["documents"] > 0, sizes, 0)
     return row
 
   def documents(self) -> Iterator[tuple[str, bytes]]:
     """(name, text) of every document, in the order of the sources."""
-    with open(self._directory / "names.jsonl", "rb") as names:
-      for number, name in enumerate(names):
-        size = int(self._documents[number + 1] - self._documents[number])
-        text = self._read(number, 0, size)
-        yield json.loads(name), text.tobytes()
+    # Buffered files fill a document's bytes once, however large it is.
+    with (
+      open(self._directory / "names.jsonl", "rb") as names,
+      open(self._directory / "text.bin", "rb") as text,
+    ):
+      at = 0
+      for number in range(self.summary["num_documents"]):
+        with self._naming_itself():
+          begin, end = self._span(self._documents, number)
+          self._text.check(begin, end)
+          line = names.readline()
+          self._names.check(at, at + len(line))
+          at += len(line)
+        yield json.loads(line), text.read(end - begin)
+
+  def digests(self) -> Iterator[np.ndarray]:
+    """First 8 bytes of every document's digest, uint64, in blocks."""
+    for at in range(0, len(self._digests), _DIGESTS):
+      with self._naming_itself():
+        end = min(at + _DIGESTS, len(self._digests))
+        block = self._digests.read(at, end)
+      yield block
+
+  def sizes(self) -> np.ndarray:
+    """Bytes of every document, int64."""
+    with self._naming_itself():
+      return np.diff(self._documents.read(0, len(self._documents)))
 
 
 def total(stores: Sequence[Store], name: str) -> int:

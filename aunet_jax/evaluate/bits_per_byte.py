@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from aunet_jax.aunet import loss, network, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.aunet.sharding import Batch, to_device
-from aunet_jax.config import BOS, EOS, DataConfig, MeshConfig
-from aunet_jax.data import loader
+from aunet_jax.config import BOS, EOS, MeshConfig
+from aunet_jax.data import corpora
 from aunet_jax.evaluate import windows
 from aunet_jax.workdir import load
 
@@ -68,7 +68,7 @@ def evaluate_batches(
 
 
 def compressor_bits_per_byte(
-  corpus: loader.Corpus, max_bytes: int = 16 << 20
+  corpus: corpora.Corpus, max_bytes: int = 16 << 20
 ) -> dict[str, float]:
   """What `gzip -9` and `xz -9` need for the start of a corpus as one stream.
 
@@ -222,7 +222,7 @@ def evaluate_workdir(
   if tokenizer is not None:
     ids, unit_bytes = (tokenizer.bos, tokenizer.eos), tokenizer.num_bytes
   with tempfile.TemporaryDirectory() as cache:
-    corpus = _open_text(
+    corpus = corpora.open_text(
       paths, loaded.splitter, capacities, cache, text_field, tokenizer, log
     )
     names = []
@@ -271,21 +271,3 @@ def evaluate_workdir(
       "step": loaded.step,
       "seconds": time.perf_counter() - began,
     }
-
-
-def _open_text(
-  paths, splitter, capacities, cache, text_field, tokenizer, log
-) -> loader.Corpus:
-  corpus, _ = loader.open_corpora(
-    DataConfig(
-      train=paths,
-      heldout_fraction=0.0,
-      text_field=text_field,
-      tokenizer=None if tokenizer is None else tokenizer.path,
-    ),
-    splitter,
-    capacities,
-    cache_dir=cache,
-    log=log,
-  )
-  return corpus

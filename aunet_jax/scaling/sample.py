@@ -68,7 +68,7 @@ class Sample:
       rows = [
         row
         for number, tokens in enumerate(self._tokens)
-        for row in packer.add(number, tokens, None)
+        for row in packer.add(number, tokens)
       ]
       rows += packer.finish()
       fill = float(packer.used_S[0] / (len(rows) * length))

@@ -5,7 +5,7 @@ import jax
 from aunet_jax.aunet import sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.config import Config
-from aunet_jax.data import loader
+from aunet_jax.data import corpora, loader
 from aunet_jax.evaluate import bits_per_byte
 
 
@@ -15,7 +15,7 @@ class Evaluator:
   def __init__(
     self,
     config: Config,
-    heldout: loader.Corpus | None,
+    heldout: corpora.Corpus | None,
     mesh: jax.sharding.Mesh,
   ):
     self._config, self._heldout, self._mesh = config.train, heldout, mesh
@@ -32,11 +32,12 @@ class Evaluator:
 
   def evaluate(self, params) -> dict[str, float]:
     """Corpus totals, as `bits_per_byte.evaluate_batches`."""
+    share_index, share_count = sharding.batch_share(self._mesh)
     batches = loader.evaluation_batches(
       self._heldout,
       batch_size=self._config.batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      share_index=share_index,
+      share_count=share_count,
       max_bytes=self._config.eval_bytes,
     )
     return bits_per_byte.evaluate_batches(

@@ -214,6 +214,7 @@ def run(setup: Setup, profile: tuple[int, int] | None = None) -> str | None:
       return sharding.to_device(next(setup.loader), setup.mesh)
 
   batch = fetch()
+  sharding.check_replicas(batch)
   began = time.perf_counter()
   with watch.within("compile"):
     step_fn = compile_step(

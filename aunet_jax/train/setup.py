@@ -10,7 +10,8 @@ import optax
 from aunet_jax import files
 from aunet_jax.aunet import attention, sharding
 from aunet_jax.config import Config
-from aunet_jax.data.loader import Corpus, Loader, make_loader, open_corpora
+from aunet_jax.data.corpora import Corpus, open_corpora
+from aunet_jax.data.loader import Loader, make_loader
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import metrics, optimizer, state
@@ -172,7 +173,8 @@ def check_identity(
       f"the data under data.train={config.data.train!r} is not what "
       f"{workdir} was trained on (fingerprint {corpus.fingerprint}, the "
       f"checkpoint has {host['data_fingerprint']}): files were added, "
-      f"removed or edited. Restore them or use another --workdir."
+      f"removed or edited, or another version packed them, and the index it "
+      f"began with is gone. Restore them or use another --workdir."
     )
 
 
@@ -212,13 +214,16 @@ def set_up(config: Config, workdir: Path) -> Setup:
     config.model.capacities,
     cache_dir=workdir / "data" if cache is None else Path(cache),
     log=say,
+    begun_with=host.get("data_fingerprint"),
+    begun_with_heldout=host.get("heldout_fingerprint"),
   )
+  share_index, share_count = sharding.batch_share(mesh)
   loader = make_loader(
     corpus,
     seed=config.seed,
     batch_size=config.train.batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    share_index=share_index,
+    share_count=share_count,
     num_workers=config.data.num_workers,
   )
   if newest is not None:
@@ -253,6 +258,7 @@ def set_up(config: Config, workdir: Path) -> Setup:
     identity={
       "splitter_hash": splitter.hash,
       "data_fingerprint": corpus.fingerprint,
+      "heldout_fingerprint": heldout and heldout.fingerprint,
       "tokenizer_hash": None if tokenizer is None else tokenizer.hash,
     },
   )

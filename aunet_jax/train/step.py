@@ -13,6 +13,7 @@ import optax
 from aunet_jax.aunet import counts, loss, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.config import Config, ModelConfig
+from aunet_jax.data import packing
 from aunet_jax.train.state import TrainState
 
 # ----- what it will take ----------------------------------------------------
@@ -26,18 +27,20 @@ def measure_flops_per_second(config: Config, repeats: int = 3) -> float:
   mesh = sharding.make_mesh(config.mesh)
   tx = optimizer.make_optimizer(config)
   train_state = state.create_state(config.model, tx, mesh, 0)
-  shape = (config.train.batch_size, config.model.capacities[0])
+  abstract = packing.abstract_batch(
+    config.train.batch_size,
+    config.model.capacities[0],
+    reads_tokens=config.data.tokenizer is not None,
+  )
+  shape = abstract["bytes"].shape
   rng = np.random.default_rng(0)
-  one = np.ones(shape, np.int32)
-  batch = {
+  batch = {name: np.ones(shape, np.int32) for name in abstract}
+  batch |= {
     "bytes": rng.integers(0, 256, shape, np.int32),
     "targets": rng.integers(0, 256, shape, np.int32),
     "levels": np.zeros(shape, np.int32),
-    "documents": one,
-    "weights": one,
   }
-  where = sharding.batch_sharding(mesh)
-  batch = {k: jax.device_put(jnp.asarray(v), where) for k, v in batch.items()}
+  batch = jax.device_put(batch, sharding.batch_sharding(mesh))
   _, shardings = state.abstract_state(config.model, tx, mesh)
   step = compile_step(config, tx, mesh, shardings, train_state, batch)
   best = math.inf

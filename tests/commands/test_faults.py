@@ -233,14 +233,14 @@ def test_a_full_disk_leaves_the_checkpoint_it_names(copy, monkeypatch, capsys):
 LOADER = """
 import sys, time
 from aunet_jax import config, splitting
-from aunet_jax.data import loader as data
+from aunet_jax.data import corpora, loader
 
 if __name__ == "__main__":
   settings = config.DataConfig(train=sys.argv[1], heldout_fraction=0)
-  corpus, _ = data.open_corpora(
+  corpus, _ = corpora.open_corpora(
     settings, splitting.Splitter(["word@1"]), (128, 32), cache_dir=sys.argv[2]
   )
-  loader = data.make_loader(corpus, seed=0, batch_size=2, num_workers=2)
+  loader = loader.make_loader(corpus, seed=0, batch_size=2, num_workers=2)
   next(loader)
   print("reading", flush=True)
   time.sleep(600)

@@ -17,6 +17,7 @@ from aunet_jax.compile import __main__ as compile_main
 from aunet_jax.compile import collectives, programs
 from aunet_jax.compile import report as report_lib
 from aunet_jax.compile.report import check_flops, table, traffic
+from aunet_jax.data import packing
 from aunet_jax.train import step
 
 TINY = "--config=tests/tiny.py"
@@ -325,6 +326,15 @@ def test_a_tpu_slice_is_compiled_for_without_one():
 
 
 @pytest.mark.slow
+def test_tensor_may_take_part_of_an_axis_of_the_chips():
+  status, result = compile_for(
+    "v6e:16x16", "--config.mesh.tensor=2", "--config.train.batch_size=128"
+  )
+  assert status == 0
+  assert result["mesh"] == {"data": 128, "fsdp": 1, "tensor": 2}
+
+
+@pytest.mark.slow
 def test_two_slices_sum_gradients_across_and_gather_within():
   status, result = compile_for("v5e:2x2", "--slices=2", "--config.mesh.fsdp=4")
   assert status == 0 and result["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
@@ -368,3 +378,21 @@ def test_a_committed_report_is_of_its_job_which_fits(path):
   if "check" in train:  # made with --check
     check = train["check"]
     assert check["counted_by_xla"] == pytest.approx(check["expected"], rel=0.15)
+
+
+@pytest.mark.parametrize("tokenizer", [None, "tokenizer.json"])
+def test_the_batch_of_the_compiled_step_has_every_array(monkeypatch, tokenizer):
+  config = config_lib.parse_flags([TINY])
+  if tokenizer is not None:
+    model = dataclasses.replace(config.model, stages=config.model.stages[:1])
+    data = dataclasses.replace(config.data, tokenizer=tokenizer)
+    config = dataclasses.replace(config, data=data, model=model)
+  mesh = sharding.make_mesh(config_lib.MeshConfig())
+  monkeypatch.setattr(programs.step, "compile_step", lambda *args: args[-1])
+  monkeypatch.setattr(programs, "_compile", lambda make: make())
+  batch = programs.compile_train(config, mesh)
+  assert set(batch) == set(packing.field_names(tokenizer is not None))
+  rows = (config.train.batch_size, config.model.capacities[0])
+  for array in batch.values():
+    assert array.shape == rows
+    assert array.sharding == sharding.batch_sharding(mesh)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_splitter import SpaceSplitter, StatelessSplitter
+from toy_splitter import SpaceSplitter
 
 from aunet_jax import config
-from aunet_jax.data.loader import evaluation_batches, make_loader, open_corpora
+from aunet_jax.data.corpora import open_corpora
+from aunet_jax.data.loader import evaluation_batches, make_loader
 
 SPLITTER = SpaceSplitter()
 CAPACITIES = (24, 8, 4)
@@ -79,8 +80,8 @@ def _loaders(corpus, count, batch_size=4, seed=1, **settings):
       corpus,
       seed=seed,
       batch_size=batch_size,
-      process_index=index,
-      process_count=count,
+      share_index=index,
+      share_count=count,
       **settings,
     )
     for index in range(count)
@@ -242,10 +243,10 @@ def test_another_corpus_seed_or_batch_size_refuses_a_state(tmp_path):
 
 def test_processes_must_share_a_batch_evenly(tmp_path):
   corpus, _ = _open(tmp_path, _texts(5))
-  with pytest.raises(ValueError, match="do not divide over 3 processes"):
-    make_loader(corpus, seed=0, batch_size=8, process_count=3)
+  with pytest.raises(ValueError, match="do not divide over the 3 groups"):
+    make_loader(corpus, seed=0, batch_size=8, share_count=3)
   with pytest.raises(ValueError, match=r"must be in \[0, 2\)"):
-    make_loader(corpus, seed=0, batch_size=8, process_index=2, process_count=2)
+    make_loader(corpus, seed=0, batch_size=8, share_index=2, share_count=2)
 
 
 # ----- mixtures and held-out text -------------------------------------------
@@ -343,7 +344,7 @@ def test_evaluation_batches_are_every_row_once(tmp_path):
     for index in range(count):
       batches = list(
         evaluation_batches(
-          corpus, batch_size=8, process_index=index, process_count=count
+          corpus, batch_size=8, share_index=index, share_count=count
         )
       )
       lengths.add(len(batches))
@@ -410,18 +411,6 @@ def test_changed_files_rules_or_capacities_build_anew(tmp_path):
   assert len(prints) == 4
 
 
-def test_a_splitter_without_a_state_keeps_its_levels(tmp_path):
-  path = _write(tmp_path, _texts(40))
-  cfg = config.DataConfig(train=path, heldout_fraction=0.0)
-  rows = []
-  for splitter in (SPLITTER, StatelessSplitter()):
-    corpus, _ = open_corpora(
-      cfg, splitter, CAPACITIES, tmp_path / "cache", _quiet
-    )
-    rows.append(_all_rows(pickle.loads(pickle.dumps(corpus))))
-  assert rows[0] == rows[1]
-
-
 def test_a_file_deleted_after_indexing_does_not_matter(tmp_path):
   corpus, _ = _open(tmp_path, _texts(20))
   expected = _all_rows(corpus)
@@ -445,7 +434,7 @@ def test_a_damaged_cache_is_refused(tmp_path, name, keep):
 
 BUILD = textwrap.dedent("""
   import sys, pathlib
-  from toy_splitter import SpaceSplitter, StatelessSplitter
+  from toy_splitter import SpaceSplitter
   from aunet_jax import config
   from aunet_jax.data import corpora
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_splitter import SpaceSplitter, StatelessSplitter
+from toy_splitter import SpaceSplitter
 
 from aunet_jax.config import BOS, EOS
 from aunet_jax.data import packing
@@ -29,7 +29,7 @@ def _pack(texts, capacities):
   packer = packing.Packer(SPLITTER, capacities)
   pieces = []
   for number, text in enumerate(texts):
-    pieces.extend(packer.add(number, text, None))
+    pieces.extend(packer.add(number, text))
   pieces.extend(packer.finish())
   return pieces, packing.pack_documents(texts, SPLITTER, capacities), packer
 
@@ -52,7 +52,10 @@ def test_a_row_drawn_by_hand():
   assert row["levels"].tolist() == [2, 0, 1, 0, 2, 0, 2, 0, 0, 0]
   assert row["documents"].tolist() == [1, 1, 1, 1, 1, 1, 2, 0, 0, 0]
   assert row["weights"].tolist() == [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
-  assert all(array.dtype == np.int32 for array in row.values())
+  shape = packing.abstract_batch(1, 10, reads_tokens=False)
+  assert set(row) == set(packing.field_names()) == set(shape)
+  for name, array in row.items():
+    assert (array.dtype, (1, *array.shape)) == (np.int32, shape[name].shape)
 
 
 def test_a_document_goes_on_in_the_next_row():
@@ -145,15 +148,6 @@ def test_only_the_last_rows_have_room_left(texts, capacities):
     assert (free <= packing.SLACK * np.array(capacities)).any()
 
 
-@given(DOCUMENTS, _capacities())
-def test_a_splitter_without_a_state_gives_the_same_rows(texts, capacities):
-  expected = packing.pack_documents(texts, SPLITTER, capacities)
-  rows = packing.pack_documents(texts, StatelessSplitter(), capacities)
-  for row, other in zip(rows, expected, strict=True):
-    for name, array in row.items():
-      np.testing.assert_array_equal(array, other[name])
-
-
 def test_a_document_of_many_rows_and_one_of_none():
   long = b"word " * 50_000
   pieces, _, packer = _pack([b"", long, b""], (1024, 160, 64))
@@ -200,3 +194,33 @@ def test_capacities_must_match_the_splitter():
     packing.Packer(SPLITTER, (8, 4))
   with pytest.raises(ValueError, match="must all be >= 1"):
     packing.Packer(SPLITTER, (8, 4, 0))
+
+
+@given(DOCUMENTS, _capacities())
+def test_documents_that_fit_a_row_can_be_kept_in_one_piece(texts, capacities):
+  packer = packing.Packer(SPLITTER, capacities, keep_documents=True)
+  rows = [row for n, text in enumerate(texts) for row in packer.add(n, text)]
+  rows += packer.finish()
+  spans = {}
+  for row in rows:
+    for number, piece in enumerate(row):
+      spans.setdefault(piece.document, []).append((piece.start, piece.stop))
+      if piece.stop <= len(texts[piece.document]):  # cut: the row is its own
+        assert (number, len(row)) == (0, 1)
+  for document, text in enumerate(texts):
+    fits = (_size(text, 0, len(text) + 1) <= capacities).all()
+    assert (len(spans[document]) == 1) == fits
+    assert sorted(spans[document])[0][0] == 0
+    assert sum(stop - start for start, stop in spans[document]) == len(text) + 1
+
+
+@pytest.mark.parametrize("size", [1, 20, 60])
+def test_many_tiny_documents_fill_their_rows(size):
+  row_length = 32_768
+  packer = packing.Packer(Splitter([]), (row_length,))
+  rows = []
+  for number in range(6 * row_length // (size + 1)):
+    rows += packer.add(number, b"x" * size)
+  rows += packer.finish()
+  for row in rows[:-1]:
+    assert sum(p.stop - p.start for p in row) > 0.98 * row_length

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from aunet_jax import prepare
-from aunet_jax.data import planner, sources
+from aunet_jax import files, prepare
+from aunet_jax.data import planner, shards, sources
 from aunet_jax.splitting.splitter import Splitter
 
 RULES = "word@1,word@2"
@@ -97,13 +97,13 @@ def test_the_shuffle_follows_the_seed(tmp_path):
 def test_segment_lengths_by_hand():
   counter = planner.SegmentCounter(2)
   # Positions  BOS a _ b c . : boundaries at BOS, "_" (level 1), "." (level 2)
-  counter.add(np.array([0, 1, 0, 0, 2], np.int8))
+  counter.add([np.array([0, 1, 0], np.int8), np.array([0, 2], np.int8)])
   first, second = counter.summary(["one", "two"])
   assert first["segments"] == 3  # lengths 2, 3, 1
   assert (first["mean_bytes"], first["longest_bytes"]) == (2.0, 3)
   assert second["segments"] == 2  # lengths 5, 1
   assert (second["stage"], second["longest_bytes"]) == (3, 5)
-  counter.add(np.zeros(40, np.int8))
+  counter.add([np.zeros(40, np.int8)])
   first, _ = counter.summary(["one", "two"])
   assert first["share_longer_than_16"] == 1 / 4
 
@@ -202,3 +202,40 @@ def test_text_files_are_separated_into_documents(tmp_path):
   more = ["--heldout_fraction=0", "--separator=blank_line", "--row_bytes=64"]
   assert _run(*flags, *more) == 0
   assert sorted(_records(output / "train")) == [b"one", b"three", b"two"]
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, capsys):
+  source = _write(tmp_path, _texts(20))
+  theirs = tmp_path / "out.partial"
+  theirs.mkdir()
+  (theirs / "thesis.txt").write_text("years of work")
+  assert prepare.main([f"--input={source}", f"--output={tmp_path}/out"]) == 2
+  assert "out.partial is in the way" in capsys.readouterr().err
+  assert (theirs / "thesis.txt").read_text() == "years of work"
+  theirs.rename(tmp_path / "elsewhere")
+  (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+  assert prepare.main([f"--input={source}", f"--output={tmp_path}/out"]) == 2
+  assert (tmp_path / "elsewhere" / "thesis.txt").exists()
+
+
+def test_what_a_killed_run_left_is_written_over(tmp_path, capsys):
+  source = _write(tmp_path, _texts(20))
+  left = tmp_path / "out.partial"
+  left.mkdir()
+  (left / shards._MARK).touch()
+  (left / "train.scratch").write_text("half")
+  arguments = [
+    f"--input={source}", f"--output={tmp_path}/out", "--heldout_fraction=0.5"
+  ]  # fmt: skip
+  (left / "notes.txt").write_text("of the user")
+  assert prepare.main(arguments) == 2
+  assert (left / "notes.txt").exists()
+  (left / "notes.txt").unlink()
+  with files.locked(left / shards._MARK, lambda: None):
+    assert prepare.main(arguments) == 2
+    assert "another process is writing" in capsys.readouterr().err
+  assert prepare.main(arguments) == 0
+  assert not left.exists()
+  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    "heldout", "index.json", "skipped.jsonl", "train"
+  ]  # fmt: skip

@@ -18,7 +18,7 @@ from aunet_jax import config as config_lib
 from aunet_jax import terminal, tokenizer
 from aunet_jax.aunet import loss, sharding
 from aunet_jax.convert import __main__ as convert_main
-from aunet_jax.data import loader
+from aunet_jax.data import corpora, loader, packing
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.generate import __main__ as generate_main
@@ -128,7 +128,7 @@ def open_texts(texts, file, cache, capacity=16, **settings):
   cfg = config_lib.DataConfig(
     train=str(texts), tokenizer=str(file), heldout_fraction=0.0, **settings
   )
-  corpus, _ = loader.open_corpora(
+  corpus, _ = corpora.open_corpora(
     cfg, Splitter([]), (capacity,), cache, log=lambda line: None
   )
   return corpus
@@ -158,6 +158,10 @@ def test_every_token_of_every_document_is_a_target_once(
 
   targets = collections.Counter()
   (batches,) = (list(loader.evaluation_batches(corpus, batch_size=3)),)
+  shape = packing.abstract_batch(3, corpus.capacities[0], reads_tokens=True)
+  assert {name: (x.shape, x.dtype) for name, x in batches[0].items()} == {
+    name: (x.shape, x.dtype) for name, x in shape.items()
+  }
   for batch in batches:
     targets.update(batch["targets"][batch["weights"] > 0].tolist())
   expected = collections.Counter({tokens.eos: len(TEXTS)})

@@ -15,6 +15,8 @@ class SpaceSplitter:
   start = np.zeros(1, np.int32)
 
   def scan(self, data, state):
+    if state[0] not in (0, 1):
+      raise ValueError(f"{state} is no state")
     spaces = np.asarray(data, np.uint8) == ord(" ")
     counts = np.cumsum(spaces) + int(state[0])
     levels = np.where(spaces, np.where(counts % 2 == 0, 2, 1), 0)
@@ -23,14 +25,3 @@ class SpaceSplitter:
 
   def levels(self, data):
     return self.scan(np.frombuffer(data, np.uint8), self.start)[0]
-
-
-class StatelessSplitter:
-  """The same levels from whole documents only, as a BPE splitter's are."""
-
-  num_levels = SpaceSplitter.num_levels
-  hash = "spaces, stateless"
-  start = np.zeros(0, np.int32)
-
-  def levels(self, data):
-    return SpaceSplitter().levels(data)

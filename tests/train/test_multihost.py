@@ -68,12 +68,14 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def two_processes(workdir, corpus, *flags) -> list[subprocess.Popen]:
+def two_processes(
+  workdir, corpus, *flags, num_devices=4
+) -> list[subprocess.Popen]:
   address = f"--coordinator=localhost:{free_port()}"
   return [
     start(
-      workdir, corpus, 4, address, "--num_processes=2", f"--process_id={i}",
-      *flags,
+      workdir, corpus, num_devices, address, "--num_processes=2",
+      f"--process_id={i}", *flags,
     )
     for i in range(2)
   ]  # fmt: skip
@@ -88,6 +90,14 @@ def one_device(tmp_path_factory, corpus) -> list[float]:
 
 def test_two_processes_train_as_one(tmp_path, corpus, one_device):
   finish(*two_processes(tmp_path, corpus, "--config.mesh.fsdp=2"))
+  np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
+
+
+def test_processes_that_share_a_batch_shard_read_the_same_rows(
+  tmp_path, corpus, one_device
+):
+  flags = ("--config.mesh.data=1", "--config.mesh.tensor=2")
+  finish(*two_processes(tmp_path, corpus, *flags, num_devices=1))
   np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from aunet_jax import config as config_lib
 from aunet_jax import terminal
 from aunet_jax.aunet import loss, network, sharding
 from aunet_jax.aunet.network import AUNet
-from aunet_jax.data import loader
+from aunet_jax.data import packing
 from aunet_jax.generate.generator import Generator
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import __main__ as train_main
@@ -111,7 +112,7 @@ def finished(tmp_path_factory) -> Path:
 def batch(corpus) -> dict:
   config = tiny()
   documents = [p.read_bytes() for p in sorted(corpus.iterdir())]
-  packed = loader.pack_documents(
+  packed = packing.pack_documents(
     documents, Splitter(config.model.rules), config.model.capacities
   )
   return {
@@ -518,10 +519,16 @@ def test_what_may_change_between_starts_changes_and_is_said(
   assert rows(tmp_path / "run")[-1][0] == 5
 
 
-def test_changed_data_under_the_same_path_is_refused(corpus, tmp_path, capsys):
-  assert run(corpus, tmp_path / "run", "--config.train.num_steps=3") == 0
+def test_a_run_reads_its_index_whatever_becomes_of_the_sources(
+  corpus, tmp_path, capsys
+):
+  workdir = tmp_path / "run"
+  assert run(corpus, workdir, "--config.train.num_steps=3") == 0
   (corpus / "0.txt").write_text("something else entirely\n")
-  assert run(corpus, tmp_path / "run", "--config.train.num_steps=5") == 2
+  assert run(corpus, workdir, "--config.train.num_steps=4") == 0
+  assert "goes on with the index it began with" in capsys.readouterr().out
+  shutil.rmtree(workdir / "data")
+  assert run(corpus, workdir, "--config.train.num_steps=5") == 2
   assert "files were added, removed or edited" in capsys.readouterr().err
 
 
