@@ -176,7 +176,7 @@ def broken(manifest: dict) -> list[str]:
       rule(used <= mounted, "volumeMounts name a volume that is not there")
       # Kubernetes docs, extended resources: requests and limits are equal.
       resources = container["resources"]
-      rule(resources["requests"] == resources["limits"], "google.com/tpu")
+      rule(resources.get("requests") == resources["limits"], "google.com/tpu")
       rule(
         all(not re.search(r"(?<!\$)\$\(", w) for w in container["command"]),
         "the command has a $( that Kubernetes would expand",
