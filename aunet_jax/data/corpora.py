@@ -201,7 +201,9 @@ def _build(
 
     train = writer("train", recipe.keep_documents)
     heldout = writer("heldout", True)
-    for record in reading.read_all(files, skips, recipe.text_field, tally, log):
+    for record in reading.read_all(
+      files, skips, recipe.text_field, tally, log, recipe.separator
+    ):
       digest = reading.document_digest(record.text)
       held = reading.is_heldout(digest, recipe.heldout_fraction)
       (heldout if held else train).add(record.name, record.text, digest)
@@ -281,7 +283,9 @@ def _same_text(
   found = {"train": hashlib.blake2b(digest_size=16)}
   found["heldout"] = found["train"].copy()
   with reading.Tally(os.devnull, recipe.max_skip_fraction, log) as tally:
-    for record in reading.read_all(files, skips, recipe.text_field, tally, log):
+    for record in reading.read_all(
+      files, skips, recipe.text_field, tally, log, recipe.separator
+    ):
       digest = reading.document_digest(record.text)
       held = reading.is_heldout(digest, recipe.heldout_fraction)
       found["heldout" if held else "train"].update(digest)

@@ -79,6 +79,19 @@ def test_another_text_field_is_another_corpus(tmp_path):
   assert [t for _, t in second.documents()] == [b"another"]
 
 
+def test_a_separator_cuts_text_files_and_makes_another_corpus(tmp_path):
+  path = tmp_path / "a.txt"
+  path.write_text("one\n\ntwo\n")
+  first, _ = open_corpora(tmp_path, str(path))
+  second, _ = open_corpora(tmp_path, str(path), separator="blank_line")
+  assert [t for _, t in first.documents()] == [b"one\n\ntwo\n"]
+  assert [t for _, t in second.documents()] == [b"one", b"two"]
+  os.utime(path, (1, 1))  # the same text is compared with the same separator
+  again, _ = open_corpora(tmp_path, str(path), separator="blank_line")
+  assert again.fingerprint == second.fingerprint
+  assert len(indexes(tmp_path)) == 2
+
+
 # ----- sources that change --------------------------------------------------
 
 
