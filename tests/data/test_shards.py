@@ -239,3 +239,39 @@ def test_what_a_killed_run_left_is_written_over(tmp_path, capsys):
   assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
     "heldout", "index.json", "skipped.jsonl", "train"
   ]  # fmt: skip
+
+
+def test_statistics_do_not_depend_on_blocks(monkeypatch):
+  splitter = Splitter(RULES.split(","))
+  texts = [(f"{i}", text.encode()) for i, text in enumerate(_texts(30))]
+  texts.append(("empty", b""))
+
+  def found():
+    result = planner.statistics(texts, splitter, RULES.split(","), 64, 9)
+    result.pop("megabytes_per_second")
+    # Which of segments of one length are named is left open.
+    longest = [segment["bytes"] for segment in result.pop("longest")]
+    return result, longest
+
+  expected = found()
+  monkeypatch.setattr(planner, "_BLOCK", 7)
+  assert found() == expected
+
+
+@pytest.mark.slow  # it writes 9 GB
+def test_a_document_beyond_what_one_read_gives(tmp_path):
+  line = (
+    b"Once upon a time there was a little girl. She loved to play.\n" * 9999
+  )
+  with open(tmp_path / "large.txt", "wb") as file:
+    while file.tell() < 2_200_000_000:
+      file.write(line)
+    file.write(b"THE END")
+  output = tmp_path / "out"
+  flags = ["--heldout_fraction=0", "--rules=word@1"]
+  assert (
+    _run(f"--input={tmp_path}/large.txt", f"--output={output}", *flags) == 0
+  )
+  (text,) = _records(output / "train")
+  assert len(text) == (tmp_path / "large.txt").stat().st_size
+  assert text.endswith(b"THE END")
