@@ -83,7 +83,7 @@ def trip_count(line: str, computations: dict[str, Computation]) -> int | None:
 
 def operands(comp: Computation, name: str) -> list[str]:
   """Names of what an instruction reads, in order."""
-  text = comp.line[name]
+  text = re.sub(r"/\*.*?\*/", "", comp.line[name])  # TPUs number long lists
   begin = OPCODE.search(text).end()
   depth, end = 1, begin
   while depth and end < len(text):

@@ -7,6 +7,7 @@ number of stages, upsampling, skip connections, grouped heads, schedules.
 import dataclasses
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -459,6 +460,61 @@ def make_model_config(num_stages):
       *(StageConfig(**stage, rule="word@1") for _ in range(num_stages - 1)),
     )
   )
+
+
+class Waiting(NamedTuple):
+  """What choosing the next phase looks at."""
+
+  phase_B: jax.Array
+  done_B: jax.Array
+  count_B: jax.Array
+
+
+@pytest.mark.parametrize(
+  ("phases", "done", "wait", "expected"),
+  [
+    ([0, 0, 1, 2], [0, 0, 0, 0], 1, 2),  # the last that is ready
+    ([0, 0, 1, 2], [0, 0, 0, 1], 1, 1),  # rows that are done do not wait
+    ([0, 0, 1, 2], [0, 0, 0, 0], 2, 0),
+    ([0, 1, 1, 2], [0, 0, 0, 0], 3, 0),  # none is ready: choose a byte
+    ([1, 1, 2, 3], [0, 0, 0, 0], 4, 1),  # nor can one be chosen: the most rows
+    ([1, 1, 3, 3], [0, 0, 0, 0], 4, 1),
+    ([1, 0, 0, 0], [0, 1, 1, 1], 4, 1),  # as many as are left
+  ],
+)
+def test_the_phase_that_brings_rows_back_to_bytes_soonest_runs(
+  phases, done, wait, expected
+):
+  phase_B, done_B = jnp.array(phases), jnp.array(done, bool)
+  state = Waiting(phase_B, done_B, jnp.zeros(4, jnp.int32))
+  schedule = decode.Schedule(byte_block=4, block=2, wait=wait)
+  phase, waits_B = decode._next_phase(state, schedule, 4)
+  assert phase == expected
+  assert waits_B.tolist() == ((phase_B == phase) & ~done_B).tolist()
+
+
+def test_a_block_takes_the_rows_with_fewest_bytes():
+  count_B = jnp.array([5, 1, 3, 0], jnp.int32)
+  state = Waiting(jnp.zeros(4, jnp.int32), jnp.zeros(4, bool), count_B)
+  waits_B = jnp.array([True, True, True, False])
+  assert decode._block_rows(state, waits_B, 2).tolist() == [1, 2]
+  assert decode._block_rows(state, waits_B, 4).tolist() == [0, 1, 2, 4]
+  few_B = jnp.array([True, False, False, False])
+  assert decode._block_rows(state, few_B, 3).tolist() == [0, 4, 4]
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [("any", (8, 8, 1)), ("sync", (8, 8, 8)), ("half", (8, 4, 2))],
+)
+def test_what_a_schedule_is(name, expected):
+  schedule = decode.make_schedule(name, 8, make_model_config(3))
+  assert dataclasses.astuple(schedule) == expected
+  assert schedule.blocks(4) == (expected[0], *[expected[1]] * 3)
+  pack = decode.make_schedule("pack", 9, make_model_config(4))
+  assert dataclasses.astuple(pack) == (9, 2, 2)
+  alone = decode.make_schedule(name, 1, make_model_config(1))
+  assert dataclasses.astuple(alone) == (1, 1, 1)
 
 
 def test_an_unknown_schedule_is_refused():
