@@ -39,8 +39,7 @@ _FREE = frozenset(
   "send-done recv recv-done add-dependency".split()
 )
 _INSIDE = ("call", "async-start")  # run a computation once
-_STARTS = tuple(f"{kind}-start" for kind in collectives.KINDS)
-_DONES = tuple(f"{kind}-done" for kind in collectives.KINDS)
+_SENDS = (*collectives.KINDS, *(f"{kind}-done" for kind in collectives.KINDS))
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -161,6 +160,21 @@ def _bytes(computations, comp, name: str) -> float:
   return read + _written(inner, inner.root)
 
 
+def _where(comp, name: str) -> str:
+  """The path of an instruction; of a kernel without one, its nearest user's."""
+  path = hlo_lib.op_name(comp.line[name])
+  if path or comp.opcode[name] != "custom-call":
+    return path
+  near = {name}
+  for user in list(comp.opcode)[list(comp.opcode).index(name) + 1 :]:
+    if near.intersection(hlo_lib.operands(comp, user)):
+      path = hlo_lib.op_name(comp.line[user])
+      if path:
+        return path
+      near.add(user)
+  return ""
+
+
 # ----- the program ----------------------------------------------------------
 
 
@@ -169,16 +183,43 @@ def _estimate(line: str) -> float | None:
   return float(found[1]) if found else None
 
 
-def _hidden(comp, start: str) -> float:
-  """Estimates of what the schedule puts between a start and its done."""
-  names = list(comp.opcode)
-  total = 0.0
-  for name in names[names.index(start) + 1 :]:
+def _collectives(computations, comp, comp_name, num_devices):
+  """What a computation's schedule sends: {instruction: (Collective, estimates
+  of what runs before the last instruction that belongs to it)}.
+
+  A collective may be one instruction, a start and a done, or steps that are
+  fused into the work they hide behind: all of them carry one channel.
+  """
+  first, last, names = {}, {}, list(comp.opcode)
+  started = {}  # start -> its key
+  for index, name in enumerate(names):
+    line = comp.line[name]
     if comp.opcode[name].endswith("-done"):
-      if start in hlo_lib.operands(comp, name):
-        return total
-    total += _estimate(comp.line[name]) or 0.0
-  return 0.0  # the done is elsewhere: nothing is known to hide it
+      for each in hlo_lib.operands(comp, name):
+        if each in started:
+          last[started[each]] = index
+      continue
+    inside = [(comp_name, comp, name)]
+    if comp.opcode[name] == "fusion":
+      for callee in hlo_lib.called(line):
+        fused = computations[callee]
+        inside += [(callee, fused, each) for each in fused.opcode]
+    for where, owner, each in inside:
+      sent = collectives.of_instruction(where, owner, each, 1, num_devices)
+      if sent is None:
+        continue
+      channel = re.search(r"channel_id=(\d+)", owner.line[each])
+      key = channel[1] if channel else (where, each)
+      if key not in first or sent.kind == "reduce-scatter":
+        first[key] = (first.get(key, (index,))[0], sent)
+      last[key] = max(index, last.get(key, index))
+      started[name] = key
+  found: dict[str, list] = {}
+  for key, (index, sent) in first.items():
+    between = names[index + 1 : last[key] + 1]
+    hidden = sum(_estimate(comp.line[name]) or 0.0 for name in between)
+    found.setdefault(names[index], []).append((sent, hidden))
+  return found
 
 
 def read(hlo: str) -> tuple[list[Instruction], list[str]]:
@@ -194,9 +235,24 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
 
   def visit(comp_name: str, times: int) -> list[Instruction]:
     comp, found = computations[comp_name], []
+    sends = _collectives(computations, comp, comp_name, num_devices)
     for name, opcode in comp.opcode.items():
       line = comp.line[name]
-      if opcode in _FREE or opcode in _DONES:
+      for sent, hidden in sends.get(name, ()):
+        found.append(
+          Instruction(
+            name=name,
+            opcode=sent.kind,
+            op_name=sent.op_name,
+            times=times,
+            cycles=None,
+            flops=0.0,
+            bytes=float(sent.bytes * times),
+            group_size=sent.group_size,
+            hidden_cycles=hidden * times,
+          )
+        )
+      if opcode in _FREE or opcode.removesuffix("-start") in _SENDS:
         continue
       inner = hlo_lib.called(line)
       if opcode == "while":
@@ -212,27 +268,19 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
         for callee in inner:
           found += visit(callee, times)
       else:
-        found.append(leaf(comp, comp_name, name, opcode, times))
+        cycles = _estimate(line)
+        found.append(
+          Instruction(
+            name=name,
+            opcode=opcode,
+            op_name=_where(comp, name),
+            times=times,
+            cycles=None if cycles is None else cycles * times,
+            flops=_flops(computations, comp, name) * times,
+            bytes=_bytes(computations, comp, name) * times,
+          )
+        )
     return found
-
-  def leaf(comp, comp_name, name, opcode, times):
-    line, cycles = comp.line[name], _estimate(comp.line[name])
-    sent = collectives.of_instruction(comp_name, comp, name, times, num_devices)
-    if sent is not None:
-      hidden = _hidden(comp, name) if opcode in _STARTS else 0.0
-      return Instruction(
-        name, sent.kind, sent.op_name, times, None, 0.0, float(sent.bytes),
-        sent.group_size, hidden * times,
-      )  # fmt: skip
-    return Instruction(
-      name,
-      opcode,
-      hlo_lib.op_name(line),
-      times,
-      None if cycles is None else cycles * times,
-      _flops(computations, comp, name) * times,
-      _bytes(computations, comp, name) * times,
-    )
 
   return visit(entry, 1), unknown
 
@@ -261,7 +309,8 @@ def place(x: Instruction, num_stages: int) -> tuple[int | None, str, str]:
   found = _STAGE.search(path)
   stage = None if found is None else int(found[1] or num_stages)
   in_model = "AUNet" in path or "jvp" in path
-  if re.search(r"remat|checkpoint/", path) and "transpose(" in path:
+  again = "rematted_computation" in path or "_fwd_" in x.name
+  if again and "transpose(" in path:
     which = "repeated"
   elif "transpose(" in path:
     which = "backward"
@@ -273,7 +322,7 @@ def place(x: Instruction, num_stages: int) -> tuple[int | None, str, str]:
     return stage, "copies and layout", which
   part = next((name for name, r in _PARTS if re.search(r, path)), None)
   if part == "attention":
-    if x.opcode == "custom-call":
+    if x.opcode == "custom-call":  # splash on TPUs, ours on GPUs
       part = "attention kernel"
     else:
       part = "projections" if x.flops else "attention, around the kernel"

@@ -114,6 +114,10 @@ def test_a_loop_that_data_end_is_named():
       "jit(f)/transpose(jvp(AUNet))/deepest/blocks/rematted_computation/ffn/dot",
       (3, "feed-forward", "repeated"),
     ),
+    (
+      "jit(f)/transpose(jvp(AUNet))/deepest/while/body/checkpoint/blocks/ffn/dot",
+      (3, "feed-forward", "backward"),
+    ),
     ("jit(f)/jvp(AUNet)/dot_general", (None, "head and loss", "forward")),
     ("jit(f)/add", (None, "optimizer", "update")),
   ],
@@ -142,3 +146,36 @@ def test_two_reports_are_compared(tmp_path, capsys):
 def test_a_device_without_rates_is_refused_before_anything_compiles(capsys):
   assert compile_main.main(["--config=tests/tiny.py", "--time"]) == 2
   assert "--topology=v5e:4x4" in capsys.readouterr().err
+
+
+def test_a_kernel_without_a_path_takes_its_users():
+  text = PROGRAM.replace(
+    "ROOT %t = (s32[], bf16[8,16]) tuple(%s, %kernel.1)",
+    """%bitcast.1 = bf16[8,16]{1,0} bitcast(%splash_fwd_1)
+  %user = bf16[8,16]{1,0} negate(%bitcast.1), metadata={op_name=
+  ROOT %t = (s32[], bf16[8,16]) tuple(%s, %user)""".replace(
+      "op_name=",
+      'op_name="transpose(jvp(AUNet))/expand_1/blocks/attention/slice"}, '
+      'backend_config={"estimated_cycles":"1"}',
+    ),
+  )
+  text = text.replace("%kernel.1", "%splash_fwd_1").split("\n")
+  text = [
+    line.partition(", metadata")[0] if "tpu_custom_call" in line else line
+    for line in text
+  ]
+  time = step_time.predict("\n".join(text), RATES, DEVICE, 2)
+  # A forward kernel in the backward pass is repeated.
+  assert (1, "attention kernel", "repeated") in by_part(time)
+
+
+def test_a_collective_inside_a_fusion_is_not_lost():
+  text = PROGRAM.replace(
+    "ROOT %dot.1 = bf16[8,4]{1,0} convolution(%p0, %p1), dim_labels=bf_io->bf",
+    "ROOT %sum = bf16[8,4]{1,0} all-reduce(%p0), channel_id=9, "
+    "replica_groups={{0,1,2,3}}, to_apply=%cheap",
+  )
+  sent = [x for x in step_time.read(text)[0] if x.opcode == "all-reduce"]
+  assert [(x.name, x.times, x.bytes) for x in sent] == [
+    ("fusion.1", 3, 3 * 8 * 4 * 2)
+  ]
