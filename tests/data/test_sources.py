@@ -365,6 +365,9 @@ def test_documents_end_at_a_number_of_bytes(tmp_path, monkeypatch):
   assert [d.text for d in found] == [b"12345", b"67890", b"12345", b"67"]
   assert opened == ["a.jsonl", "b.jsonl"]
   assert _reasons(skips) == ["hidden name"] + ["malformed JSON"] * 2
+  for size in (3, 5):  # in the middle of a file
+    found = sources.documents(str(tmp_path), "text", size, skips.append)
+    assert [d.text for d in found] == [b"12345"[:size]]
   everything = sources.documents(str(tmp_path), "text", None, skips.append)
   assert len(list(everything)) == 6
 

@@ -91,7 +91,7 @@ def test_large_types_and_nested_columns(tmp_path, name):
 
 
 def test_a_damaged_row_group_does_not_take_the_next_ones(tmp_path):
-  texts = [f"document {n} " * 50 for n in range(40)]
+  texts = [f"document {n} " * 50 for n in range(40)] + [None]
   path = tmp_path / "a.parquet"
   parquet.write_table(
     pa.table({"text": texts}),
@@ -104,8 +104,9 @@ def test_a_damaged_row_group_does_not_take_the_next_ones(tmp_path):
   data = bytearray(path.read_bytes())
   data[data.index(b"document 15 ")] ^= 1
   path.write_bytes(data)
-  found, (skip,) = _read(path)
-  expected = [t.encode() for t in texts]
+  found, (skip, null) = _read(path)
+  assert null[:2] == (f"{path}:41", "null text")
+  expected = [t.encode() for t in texts[:-1]]
   assert found == expected[:10] + expected[20:]
   assert skip[:2] == (f"{path}:11", "corrupt file")
   assert skip.lost_bytes == pytest.approx(len(data) / 4, rel=0.1)
