@@ -46,6 +46,7 @@ def test_a_target_has_the_level_of_the_next_input_of_its_piece():
   assert level_BL[0, :4].tolist() == [0, 1, 0, 1]
   assert known_BL.tolist() == [[1, 1, 1, 1, 0, 0]]
   assert known_BL.dtype == jnp.float32
+  assert level_BL.shape == known_BL.shape == levels_BL.shape
 
 
 def test_bits_per_byte_needs_a_byte():
