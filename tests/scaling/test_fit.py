@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import threadpoolctl
+from scipy import stats
 
 from aunet_jax.scaling import analysis, collect, fit
 from aunet_jax.scaling import valleys as valleys_lib
@@ -172,6 +173,86 @@ def test_few_points_give_wider_intervals_or_none():
     fit.least_squares, three, x_KN[:, :3], loss_N[:3], number=60, seed=0
   )
   assert refits is None
+
+
+def test_the_fit_of_noisy_points_is_where_its_own_loss_is_lowest():
+  """Any small step from what was found is no better."""
+  x_KN, _ = surface_points()
+  rng = np.random.default_rng(3)
+  loss_N = fit.predict(SURFACE, x_KN) * np.exp(rng.normal(0, 0.01, 28))
+
+  def squares(law):
+    return np.sum((fit.predict(law, x_KN) - loss_N) ** 2)
+
+  def huber(law, delta=fit.HUBER_DELTA):
+    size_N = np.abs(np.log(fit.predict(law, x_KN) / loss_N))
+    return np.sum(
+      np.where(size_N <= delta, size_N**2 / 2, delta * (size_N - delta / 2))
+    )
+
+  for function, cost in ((fit.least_squares, squares), (fit.huber, huber)):
+    law = function(x_KN, loss_N)
+    found = np.array([law.offset, *law.coefficients, *law.exponents])
+    for step in (*np.eye(5), *rng.normal(size=(20, 5))):
+      for size in (-1e-3, 1e-3):
+        one = found * np.exp(size * step)
+        near = fit.Law(one[0], tuple(one[1:3]), tuple(one[3:]))
+        assert cost(near) >= cost(law) * (1 - 1e-6), function
+    # From where it is, the search stays; from near, it comes back.
+    again = function(x_KN, loss_N, start=law)
+    assert cost(again) <= cost(law) * (1 + 1e-6)
+    near = fit.Law(law.offset, law.coefficients, tuple(found[3:] * 1.05))
+    assert cost(function(x_KN, loss_N, start=near)) <= cost(law) * 1.001
+
+
+def test_residuals_are_enlarged_for_the_parameters_that_were_fitted():
+  x_KN = np.geomspace(1e13, 1e16, 6)[None]
+  noise = np.exp([0.002, -0.003, 0.003, -0.001, 0.001, -0.002])
+  loss_N = fit.predict(LADDER, x_KN) * noise
+  law = fit.least_squares(x_KN, loss_N)
+  assert law.num_parameters == 3 and SURFACE.num_parameters == 5
+  refits = fit.bootstrap(
+    fit.least_squares, law, x_KN, loss_N, number=50, seed=0
+  )
+  rest_N = np.log(loss_N / fit.predict(law, x_KN)) * np.sqrt(6 / (6 - 3))
+  assert np.isin(refits.noise_R.round(12), rest_N.round(12)).all()
+  many_KN = np.geomspace(1e13, 1e16, 24)[None]
+  for points, resampled in ((24, "cases"), (23, "residuals")):
+    x_KN = many_KN[:, :points]
+    loss_N = fit.predict(LADDER, x_KN) * np.exp(0.001 * np.cos(x_KN[0]))
+    refits = fit.bootstrap(
+      fit.least_squares,
+      fit.least_squares(x_KN, loss_N), x_KN, loss_N, number=3, seed=0,
+    )  # fmt: skip
+    assert (refits.resampled, refits.degrees) == (resampled, points - 3)
+
+
+def test_an_interval_is_stretched_by_students_t():
+  values_R = np.linspace(1.0, 3.0, 1001)
+  ratio = stats.t.ppf(0.975, 2) / stats.norm.ppf(0.975)
+  low, high = fit.interval(2.0, values_R, 2)
+  assert (low, high) == pytest.approx((2 - 0.95 * ratio, 2 + 0.95 * ratio))
+  low, high = fit.interval(2.0, values_R, 2, logs=True)
+  assert low == pytest.approx(2 * (1.05 / 2) ** ratio)
+  assert high == pytest.approx(2 * (2.95 / 2) ** ratio)
+  low, _ = fit.interval(0.2, values_R / 10, 2, logs=True)
+  assert low == pytest.approx(0.2 * (1.05 / 2) ** ratio)
+  assert fit.interval(0.0, values_R, 2, logs=True) == (0.0, 2.95)
+  assert fit.interval(2.0, values_R - 1.5, 2, logs=True)[0] == 0.0
+
+
+def test_parameters_have_the_interval_of_their_kind():
+  """A and B in logs, exponents and E not; E not below 0."""
+  laws = [fit.Law(e, (a,), (0.1 * a,)) for e, a in ((-1, 2), (0, 3), (2, 5))]
+  refits = fit.Replicates(laws, np.zeros(3), 2, "residuals")
+  law = laws[1]._replace(offset=0.5)
+  spans = fit.parameter_intervals(law, refits)
+  values = {name: np.array([fit.parameters(one)[name] for one in laws])
+            for name in ("E", "A", "alpha")}  # fmt: skip
+  approx = pytest.approx
+  assert spans["A"] == approx(fit.interval(3, values["A"], 2, logs=True))
+  assert spans["alpha"] == approx(fit.interval(0.3, values["alpha"], 2))
+  assert spans["E"] == approx((0.0, fit.interval(0.5, values["E"], 2)[1]))
 
 
 # ----- what an analysis warns of --------------------------------------------

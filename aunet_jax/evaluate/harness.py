@@ -1,0 +1,173 @@
+"""A model of bytes as lm-evaluation-harness sees it (its `LM` interface).
+
+Texts are their UTF-8 bytes, so a context and a continuation split exactly where
+the task splits them. A request longer than a row of the model, the longest text
+it was trained on, loses the left of its context; `truncated` counts those.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from lm_eval.api.model import LM
+
+from aunet_jax.config import BOS, EOS
+from aunet_jax.evaluate import windows
+from aunet_jax.evaluate.bits_per_byte import score_windows
+from aunet_jax.evaluate.score import score
+
+# The harness counts what a model may write in tokens; these are many bytes.
+BYTES_PER_TOKEN = 5
+MAX_TOKENS = 256  # the harness's own default
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+  """How a task wants text to be written; equal ones share a batch."""
+
+  max_bytes: int
+  stop: tuple[bytes, ...] = ()
+  temperature: float = 0.0  # greedy
+  top_p: float = 1.0
+  top_k: int | None = None
+
+  @classmethod
+  def from_request(cls, options: dict) -> "Writing":
+    """Args: options: of a task; those that change nothing here are ignored."""
+    until = options.get("until") or ()
+    until = [until] if isinstance(until, str) else until
+    temperature = options.get("temperature")
+    samples = options.get("do_sample", bool(temperature))
+    tokens = options.get("max_gen_toks", MAX_TOKENS)
+    return cls(
+      max_bytes=int(tokens) * BYTES_PER_TOKEN,
+      stop=tuple(encode(text) for text in until if text),
+      temperature=float(1.0 if temperature is None else temperature)
+      if samples
+      else 0.0,
+      top_p=float(options.get("top_p") or 1.0),
+      top_k=options.get("top_k") or None,
+    )
+
+
+# Prompts and how to write, to what is written after each.
+Write = Callable[[list[bytes], Writing], list[bytes]]
+
+
+def encode(text: str) -> bytes:
+  """UTF-8; halves of a surrogate pair, which JSON can hold, as they are."""
+  return text.encode("utf-8", errors="surrogatepass")
+
+
+class HarnessModel(LM):
+  """Answers the harness's requests; results do not depend on their order.
+
+  Attributes: truncated: requests that lost the left of their context.
+  """
+
+  def __init__(
+    self, loaded, mesh: jax.sharding.Mesh, write: Write, batch_size: int = 16
+  ):
+    """Args: loaded: as `aunet_jax.load` gives it, of a model of bytes.
+
+    write: writes text; the generator, or what stands in for it.
+    """
+    super().__init__()
+    self._loaded, self._mesh, self._write = loaded, mesh, write
+    self.batch_size = batch_size
+    self.truncated = 0
+
+  @property
+  def max_bytes(self) -> int:
+    """Of a request: a row holds BOS as well."""
+    return self._loaded.model.config.capacities[0] - 1
+
+  def _cut(self, context: bytes, room: int) -> bytes:
+    if len(context) <= room:
+      return context
+    self.truncated += 1
+    return context[len(context) - room :]
+
+  def loglikelihood(self, requests, disable_tqdm: bool = False):
+    """[(nats, whether greedy)] of every (context, continuation)."""
+    pairs = []
+    for context, continuation in (request.args for request in requests):
+      continuation = encode(continuation)
+      if len(continuation) > self.max_bytes:
+        raise ValueError(
+          f"a continuation has {len(continuation)} bytes; the model reads "
+          f"{self.max_bytes} at a time."
+        )
+      room = self.max_bytes - len(continuation)
+      pairs.append((self._cut(encode(context), room), continuation))
+    scores = score(
+      self._loaded.model.config,
+      self._loaded.params,
+      self._loaded.splitter,
+      pairs,
+      batch_size=self.batch_size,
+    )
+    answers = [(one.nats, one.is_greedy) for one in scores]
+    self._keep("loglikelihood", requests, answers)
+    return answers
+
+  def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+    """[nats] of texts without EOS, in windows as `evaluate` reads them."""
+    capacities = self._loaded.model.config.capacities
+    parts = itertools.chain.from_iterable(
+      windows.windows(
+        number,
+        np.frombuffer(encode(request.args[0]), np.uint8),
+        self._loaded.splitter,
+        capacities,
+      )
+      for number, request in enumerate(requests)
+    )
+    unit_bytes = np.ones(self._loaded.model.config.vocab_size, np.int32)
+    unit_bytes[[BOS, EOS]] = 0
+    shards = self._mesh.shape["data"]
+    nats = [0.0] * len(requests)
+    for number, sums in score_windows(
+      self._loaded.model,
+      self._loaded.params,
+      windows.rows(parts, capacities),
+      self._mesh,
+      -(-self.batch_size // shards) * shards,
+      unit_bytes,
+    ):
+      nats[number] -= sums.nats - sums.eos_nats
+    self._keep("loglikelihood_rolling", requests, nats)
+    return nats
+
+  def generate_until(self, requests, disable_tqdm: bool = False):
+    """Texts, each up to the first of its stop strings."""
+    groups: dict[Writing, list[int]] = {}
+    for number, request in enumerate(requests):
+      writing = Writing.from_request(request.args[1])
+      # A prompt keeps half a row, however much a task lets a model write.
+      most = min(writing.max_bytes, self.max_bytes // 2)
+      writing = dataclasses.replace(writing, max_bytes=most)
+      groups.setdefault(writing, []).append(number)
+    texts = [""] * len(requests)
+    for writing, numbers in groups.items():
+      prompts = {
+        n: self._cut(
+          encode(requests[n].args[0]), self.max_bytes - writing.max_bytes
+        )
+        for n in numbers
+      }
+      numbers = sorted(numbers, key=lambda n: (len(prompts[n]), n))
+      for first in range(0, len(numbers), self.batch_size):
+        some = numbers[first : first + self.batch_size]
+        written = self._write([prompts[n] for n in some], writing)
+        for n, data in zip(some, written, strict=True):
+          texts[n] = data.decode("utf-8", errors="replace")
+    self._keep("generate_until", requests, texts)
+    return texts
+
+  def _keep(self, kind: str, requests, answers: Sequence) -> None:
+    """Into the harness's cache, where it has one (`--use_cache`)."""
+    for request, answer in zip(requests, answers, strict=True):
+      self.cache_hook.add_partial(kind, request.args, answer)

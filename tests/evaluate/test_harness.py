@@ -1,0 +1,165 @@
+"""What lm-evaluation-harness is told equals what the library says."""
+
+import math
+import random
+import types
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from aunet_jax import config as config_lib  # noqa: E402
+from aunet_jax.aunet import sharding  # noqa: E402
+from aunet_jax.evaluate import bits_per_byte, harness, score  # noqa: E402
+from aunet_jax.evaluate.harness import Writing  # noqa: E402
+from aunet_jax.workdir import load  # noqa: E402
+from tests import toy_generator  # noqa: E402
+
+TEXTS = [  # of 20 to 24 bytes: few shapes to compile
+  "The word is a long one.",
+  "Ein Wort: äöü ßéà",
+  "слово и ещё",
+  "字は語より短。",
+  "الكلمة أطول",
+  "कुछ शब्द",
+  "단어는 길다.",
+  "מילה אחת של",
+]
+ROW = 128  # positions of the toy's rows
+
+
+def request(*args):
+  return types.SimpleNamespace(args=args)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+  generator = toy_generator.generator()
+  model = load.AUNet(generator.config)
+  config = config_lib.Config(model=generator.config)
+  return load.Loaded(model, generator.params, generator.splitter, config, 0)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(config_lib.MeshConfig())
+
+
+def make(loaded, mesh, batch_size=8):
+  def write(prompts, writing):
+    generator = toy_generator.generator()
+    settings = harness_settings(writing)
+    found = generator.generate(
+      prompts, max_bytes=writing.max_bytes, stop=writing.stop,
+      settings=settings,
+    )  # fmt: skip
+    return [one.data for one in found]
+
+  return harness.HarnessModel(loaded, mesh, write, batch_size)
+
+
+def harness_settings(writing):
+  from aunet_jax.generate.sampling import Sampling
+
+  return Sampling(temperature=writing.temperature)
+
+
+def test_likelihoods_are_those_of_score(loaded, mesh):
+  pairs = [("", TEXTS[0])]
+  for text in TEXTS:
+    pairs += [(text[:5], text[5:]), (text[:-1] + " ", text[-1])]
+  model = make(loaded, mesh)
+  found = model.loglikelihood([request(*pair) for pair in pairs])
+  expected = score.score(
+    loaded.model.config, loaded.params, loaded.splitter,
+    [(a.encode(), b.encode()) for a, b in pairs],
+  )  # fmt: skip
+  for (nats, greedy), one in zip(found, expected, strict=True):
+    assert nats == pytest.approx(one.nats, rel=1e-5)
+    assert greedy == one.is_greedy
+  assert model.truncated == 0
+  # Neither the order nor the size of batches matters.
+  order = list(range(len(pairs)))
+  random.Random(0).shuffle(order)
+  other = make(loaded, mesh, 4).loglikelihood(
+    [request(*pairs[n]) for n in order]
+  )
+  for n, (nats, _) in zip(order, other, strict=True):
+    assert nats == pytest.approx(found[n][0], rel=1e-5)
+
+
+def test_a_context_past_the_row_loses_its_left(loaded, mesh):
+  model = make(loaded, mesh)
+  context, continuation = "some words " * 40, "äend"
+  ((nats, _),) = model.loglikelihood([request(context, continuation)])
+  assert model.truncated == 1
+  kept = context.encode()[-(ROW - 1 - len(continuation.encode())) :]
+  ((alone, _),) = make(loaded, mesh).loglikelihood(
+    [request(kept.decode(), continuation)]
+  )
+  assert nats == pytest.approx(alone, rel=1e-6)
+  with pytest.raises(ValueError, match="a continuation has 128 bytes"):
+    model.loglikelihood([request("", "x" * ROW)])
+
+
+def test_rolling_bits_are_those_of_evaluate(loaded, mesh, tmp_path):
+  texts = [*TEXTS, "many words " * 60]  # the last is longer than a row
+  nats = make(loaded, mesh).loglikelihood_rolling([request(t) for t in texts])
+  run, folder = tmp_path / "run", tmp_path / "texts"
+  load.save_params(run, loaded.config, loaded.params)
+  folder.mkdir()
+  for i, text in enumerate(texts):
+    (folder / f"{i}.txt").write_text(text)
+  rows = []
+  result = bits_per_byte.evaluate_workdir(
+    str(run), str(folder), log=lambda _: 0, on_document=rows.append
+  )
+  total = sum(len(text.encode()) for text in texts)
+  bits = -sum(nats) / math.log(2) / total
+  assert result["bits_per_byte_without_eos"] == pytest.approx(bits, rel=1e-5)
+  for one, row in zip(nats, rows, strict=True):
+    bits = -one / math.log(2) / row["bytes"]
+    assert row["bits_per_byte_without_eos"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_greedy_text_is_the_generators(loaded, mesh):
+  prompts = [*TEXTS, ""]
+  options = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+  model = make(loaded, mesh, 16)
+  found = model.generate_until([request(text, options) for text in prompts])
+  expected = toy_generator.generator().generate(
+    [text.encode() for text in prompts],
+    max_bytes=20,
+    settings=harness_settings(Writing(20)),
+    stop=[b"\n"],
+  )
+  assert found == [one.data.decode(errors="replace") for one in expected]
+  assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize(
+  "options, expected",
+  [
+    ({}, Writing(1280)),
+    ({"until": "é"}, Writing(1280, ("é".encode(),))),
+    ({"until": ["", "a"], "max_gen_toks": 2}, Writing(10, (b"a",))),
+    ({"do_sample": False, "temperature": 0.7}, Writing(1280)),
+    ({"do_sample": True}, Writing(1280, temperature=1.0)),
+    ({"temperature": 0.5, "top_p": 0.9}, Writing(1280, (), 0.5, 0.9)),
+    ({"temperature": 0.0}, Writing(1280)),
+  ],
+)
+def test_what_a_task_wants_is_understood(options, expected):
+  assert Writing.from_request(options) == expected
+
+
+def test_a_prompt_keeps_half_a_row(loaded, mesh):
+  seen = []
+
+  def write(prompts, writing):
+    seen.extend((len(prompt), writing.max_bytes) for prompt in prompts)
+    return [b""] * len(prompts)
+
+  model = harness.HarnessModel(loaded, mesh, write)
+  model.generate_until([request("x" * 500, {}), request("x", {})])
+  assert seen == [(1, 63), (64, 63)] and model.truncated == 1
