@@ -287,6 +287,10 @@ class TrainConfig:
   max_nonfinite_steps: int = 10  # skipped steps in a row before the run stops
   max_roll_backs: int = 0  # times it goes back to a checkpoint instead
   spike_sigmas: float = 6.0  # deviations above its mean that log a loss
+  # A process in which nothing happens for so many seconds, and for so many
+  # times the median of its steps, ends with status 1; seconds None = never.
+  hang_seconds: float | None = 1800.0
+  hang_factor: float = 20.0
   sample_prompt: str = ""  # text the final sample continues
   sample_bytes: int = 400  # length of the final sample; 0 = none
   tensorboard: bool = True
@@ -303,6 +307,9 @@ class TrainConfig:
     for name in ("eval_every_steps", "sample_bytes", "max_roll_backs"):
       _check_range(f"train.{name}", getattr(self, name), 0)
     _check_positive("train.spike_sigmas", self.spike_sigmas)
+    _check_positive("train.hang_factor", self.hang_factor)
+    if self.hang_seconds is not None:
+      _check_positive("train.hang_seconds", self.hang_seconds)
     if self.eval_bytes is not None:
       _check_positive("train.eval_bytes", self.eval_bytes)
     if self.batch_size % self.grad_accumulation:
@@ -360,11 +367,18 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
   every_steps: int = 500
+  every_minutes: float | None = 20.0  # besides; None = by steps alone
   keep: int = 3  # newest checkpoints kept
+  # Multiples of so many steps are saved as well and stay beside the newest
+  # ones; None = no such milestones.
+  milestone_steps: int | None = None
 
   def __post_init__(self):
     _check_positive("checkpoint.every_steps", self.every_steps)
     _check_positive("checkpoint.keep", self.keep)
+    for name in ("every_minutes", "milestone_steps"):
+      if getattr(self, name) is not None:
+        _check_positive(f"checkpoint.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -47,5 +47,8 @@ def get_config():
   c.optimizer.learning_rate = 8.18e-4
   c.optimizer.warmup_steps = 5000
   c.optimizer.weight_decay = 0.1
+  c.train.eval_every_steps = 5000
+  c.train.eval_bytes = 32_000_000  # a sample: minutes at most, not hours
   c.checkpoint.every_steps = 5000
+  c.checkpoint.milestone_steps = 20_000
   return c

@@ -7,10 +7,39 @@ figures "with sparsity" are halved.
 """
 
 import dataclasses
+import os
 
 import jax
 
+from aunet_jax.terminal import EXIT_BAD_INPUT, EXIT_FAILED, Failure
+
 GIB = 2**30
+
+
+class DeviceError(Failure):
+  """JAX finds no device."""
+
+
+def present() -> list[jax.Device]:
+  """The devices that a run has.
+
+  Raises: DeviceError where there are none, as where JAX_PLATFORMS names a kind
+    that this machine lacks.
+  """
+  try:
+    return jax.devices()
+  except (RuntimeError, AssertionError) as error:  # without any CUDA plugin
+    reason = (str(error).splitlines() or ["no such device is here"])[0]
+    platforms = os.environ.get("JAX_PLATFORMS")
+    failure = DeviceError(
+      f"JAX finds no device with JAX_PLATFORMS={platforms}: {reason}. Unset "
+      f"it, or set it to cpu, to use what is here."
+      if platforms
+      else f"JAX finds no device: {reason}"
+    )
+    in_use = "already in use" in str(error)
+    failure.status = EXIT_FAILED if in_use else EXIT_BAD_INPUT
+    raise failure from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,13 +23,19 @@ def cross_entropy(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
 
 
 def count_targets(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """Weighted targets (float32) and text bytes (int32) among them."""
+  """Weighted targets and text bytes (int32) among them.
+
+  Targets are int32 where weights are integers: float32 counts only to 2^24.
+  """
   counted_BL = batch["weights"] > 0
   if "target_bytes" in batch:  # targets are tokens
     bytes_BL = jnp.where(counted_BL, batch["target_bytes"], 0)
   else:
     bytes_BL = counted_BL & (batch["targets"] != EOS)
-  return batch["weights"].sum(dtype=jnp.float32), bytes_BL.sum(dtype=jnp.int32)
+  weights_BL = batch["weights"]
+  whole = jnp.issubdtype(weights_BL.dtype, jnp.integer)
+  num_targets = weights_BL.sum(dtype=jnp.int32 if whole else jnp.float32)
+  return num_targets, bytes_BL.sum(dtype=jnp.int32)
 
 
 def target_levels(

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from aunet_jax.aunet import devices as devices_lib
 from aunet_jax.config import MeshConfig
 
 Batch = dict[str, np.ndarray]
@@ -86,7 +87,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
   Raises: ValueError where the sizes do not fit the devices or the slices.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = devices_lib.present() if devices is None else devices
   shape = mesh_shape(config, len(devices))
   num_slices = count_slices(devices)
   if num_slices > 1:

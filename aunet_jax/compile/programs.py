@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aunet_jax.aunet import network, sharding
-from aunet_jax.aunet.devices import GIB
+from aunet_jax.aunet.devices import GIB, present
 from aunet_jax.config import Config
 from aunet_jax.data import packing
 from aunet_jax.data.rows import make_rows
@@ -78,7 +78,7 @@ def topology_devices(name: str | None, num_slices: int = 1) -> list:
   if name is None:
     if num_slices > 1:
       raise ValueError("--slices needs a --topology; this machine is one.")
-    return jax.devices()
+    return present()
   kind, _, size = name.partition(":")
   if kind == "h100":
     return _h100s(name, size or "1", num_slices)

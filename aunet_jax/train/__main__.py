@@ -9,6 +9,7 @@ checkpoint, on the same bytes in the same order.
 import argparse
 import contextlib
 import logging
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -18,16 +19,18 @@ import jax
 
 from aunet_jax import config as config_lib
 from aunet_jax import terminal
+from aunet_jax.aunet import devices
 from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.generate.generator import Generator
 from aunet_jax.generate.sampling import Sampling
-from aunet_jax.terminal import EXIT_INTERRUPTED, EXIT_STOPPED
+from aunet_jax.terminal import EXIT_STOPPED
 from aunet_jax.train import metrics
 from aunet_jax.train.cluster import join_cluster
 from aunet_jax.train.loop import TrainingError, run
 from aunet_jax.train.profile import parse_steps
 from aunet_jax.train.setup import Setup, set_up
-from aunet_jax.workdir import layout
+from aunet_jax.train.stop import SIGNALS, Stop
+from aunet_jax.workdir import layout, together
 from aunet_jax.workdir.layout import lock_workdir
 
 MAX_COMPRESSED_BYTES = 64 << 20  # xz -9 takes about a second per megabyte
@@ -56,24 +59,29 @@ def summarise(setup: Setup) -> None:
   """Draws the loss curve and prints how the run ended."""
   config, workdir, log = setup.config, setup.workdir, setup.log
   rows = layout.read_rows(workdir / layout.METRICS_FILE)
-  log.say(f"loss curve: {metrics.draw_loss_curve(workdir)}")
-  logged = [row for row in rows if "bytes_per_second" in row]
-  if logged:
-    middle = statistics.median(row["bytes_per_second"] for row in logged)
-    waiting = statistics.median(row["data_wait_share"] for row in logged)
+  try:
+    log.say(f"loss curve: {metrics.draw_loss_curve(workdir)}")
+  except OSError as error:  # the run itself is complete
+    log.say(f"no loss curve: {error}")
+  speeds = layout.column(rows, "bytes_per_second", "data_wait_share")
+  if speeds:
+    middle, waiting = map(statistics.median, zip(*speeds, strict=True))
     log.say(
       f"speed: {terminal.si(middle)}B/s of text, {100 * waiting:.2f}% of the "
       f"time spent making batches (medians over logged steps)"
     )
-  heldout = [row for row in rows if "heldout_bits_per_byte" in row]
-  if heldout:
+  log.say(setup.history.summary())
+  heldout = layout.column(
+    rows, "heldout_bits_per_byte", "heldout_bytes", "step"
+  )
+  if heldout and setup.heldout is not None:
+    bits, num_bytes, step = heldout[-1]
     log.say(
-      f"held-out text: {heldout[-1]['heldout_bits_per_byte']:.3f} bits per "
-      f"byte ({heldout[-1]['heldout_bytes']:,} bytes, step "
-      f"{heldout[-1]['step']})"
+      f"held-out text: {bits:.3f} bits per byte ({num_bytes:,} bytes, step "
+      f"{step})"
     )
-    whole = heldout[-1]["heldout_bytes"] == setup.heldout.num_bytes
-    if whole and setup.heldout.num_bytes <= MAX_COMPRESSED_BYTES:
+    complete = num_bytes == setup.heldout.num_bytes
+    if complete and setup.heldout.num_bytes <= MAX_COMPRESSED_BYTES:
       packed = bits_per_byte.compressor_bits_per_byte(setup.heldout)
       log.say(
         "the same text packed: "
@@ -94,7 +102,7 @@ def print_sample(setup: Setup) -> None:
     setup.log.say("sample: none; only models of bytes can generate.")
     return
   generator = Generator.from_workdir(setup.workdir, trust_rules=True)
-  prompt = config.sample_prompt.encode()
+  prompt = config.sample_prompt.encode(errors="surrogateescape")
   room = setup.config.model.capacities[0] - len(prompt) - 1
   (completion,) = generator.generate(
     [prompt],
@@ -127,6 +135,11 @@ def main(argv: list[str] | None = None) -> int:
     metavar="FIRST:LAST",
     help="record these steps into WORKDIR/profile, for TensorBoard and xprof",
   )
+  parser.add_argument(
+    "--accept_learning_rate",
+    action="store_true",
+    help="go on though more steps make the learning rate jump",
+  )
   hosts = parser.add_argument_group("several hosts or processes")
   hosts.add_argument(
     "--multihost",
@@ -155,32 +168,40 @@ def main(argv: list[str] | None = None) -> int:
     help="how long a process may be silent before the others end (default 100)",
   )
   args, overrides = parser.parse_known_args(argv)
+  if not args.workdir:
+    raise ValueError("--workdir is empty; name a directory.")
   workdir = Path(args.workdir)
   profile = parse_steps(args.profile)
-  join_cluster(
-    args.multihost,
-    args.coordinator,
-    args.num_processes,
-    args.process_id,
-    args.start_timeout,
-    args.heartbeat_timeout,
-  )
-  config = config_lib.parse_flags([f"--config={args.config}", *overrides])
+  alone = args.coordinator is None and not args.multihost
   with contextlib.ExitStack() as open_things:
-    open_things.enter_context(lock_workdir(workdir))
-    setup = set_up(config, workdir)
+    stop = open_things.enter_context(Stop(workdir, alone))
+    join_cluster(
+      args.multihost,
+      args.coordinator,
+      args.num_processes,
+      args.process_id,
+      args.start_timeout,
+      args.heartbeat_timeout,
+    )
+    devices.present()
+    with together.all_or_none():
+      config = config_lib.parse_flags([f"--config={args.config}", *overrides])
+      open_things.enter_context(lock_workdir(workdir))
+    setup = set_up(config, workdir, args.accept_learning_rate)
     open_things.callback(setup.log.close)
     open_things.callback(setup.loader.close)
-    return train(setup, profile)
+    return train(setup, stop, profile)
 
 
-def train(setup: Setup, profile: tuple[int, int] | None = None) -> int:
+def train(
+  setup: Setup, stop: Stop, profile: tuple[int, int] | None = None
+) -> int:
   """Runs, and says how it ended; returns the exit status.
 
   Raises: what `run` does.
   """
   try:
-    stopped_by = run(setup, profile)
+    stopped_by = run(setup, stop, profile)
   except (TrainingError, OSError, layout.CheckpointError) as error:
     with contextlib.suppress(layout.CheckpointError):
       setup.saver.wait()  # a save that began before may still succeed
@@ -191,10 +212,6 @@ def train(setup: Setup, profile: tuple[int, int] | None = None) -> int:
         f"continue from checkpoint {newest}."
       ) from error
     raise
-  except KeyboardInterrupt:  # a second signal: leave at once
-    newest = setup.saver.latest_step()
-    print(f"\nstopped; the newest checkpoint is {newest}.", file=sys.stderr)
-    return EXIT_INTERRUPTED
   if stopped_by:
     setup.log.say(
       f"stopped by {stopped_by}; everything is saved. Run the same command "
@@ -226,4 +243,9 @@ def quieten_libraries() -> None:
 
 if __name__ == "__main__":
   quieten_libraries()
-  sys.exit(main())
+  status = main()
+  # A stop sent to one process after the other may come when all is saved and
+  # the libraries shut down: it must not change the status.
+  for number in SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
+  sys.exit(status)

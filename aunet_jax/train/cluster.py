@@ -56,6 +56,9 @@ def join_cluster(
     )
     os._exit(EXIT_FAILED)
 
+  # JAX's own handler of SIGTERM would take the place of ours (`stop.py`), which
+  # makes all processes stop at the same step.
+  jax.config.update("jax_enable_preemption_service", False)
   # The runtime ends the process with a stack dump at its own time-out, and no
   # exception to catch; this speaks first.
   watch = threading.Timer(timeout_seconds, give_up)

@@ -1,5 +1,7 @@
 """Held-out text, evaluated while a model trains."""
 
+from collections.abc import Callable
+
 import jax
 
 from aunet_jax.aunet import sharding
@@ -7,6 +9,10 @@ from aunet_jax.aunet.network import AUNet
 from aunet_jax.config import Config
 from aunet_jax.data import corpora, loader
 from aunet_jax.evaluate import bits_per_byte
+
+
+class _Stopped(Exception):
+  """Carries a stop past the sums of the batches before it."""
 
 
 class Evaluator:
@@ -30,8 +36,12 @@ class Evaluator:
     every = self._config.eval_every_steps
     return step == self._config.num_steps or (every > 0 and step % every == 0)
 
-  def evaluate(self, params) -> dict[str, float]:
-    """Corpus totals, as `bits_per_byte.evaluate_batches`."""
+  def evaluate(self, params, go_on: Callable[[], bool]) -> dict | None:
+    """Corpus totals, as `bits_per_byte.evaluate_batches`.
+
+    Args: go_on: asked before every batch.
+    Returns: None where it was told to stop.
+    """
     share_index, share_count = sharding.batch_share(self._mesh)
     batches = loader.evaluation_batches(
       self._heldout,
@@ -40,6 +50,16 @@ class Evaluator:
       share_count=share_count,
       max_bytes=self._config.eval_bytes,
     )
-    return bits_per_byte.evaluate_batches(
-      self._step, params, batches, self._mesh
-    )
+
+    def until_stopped():
+      for batch in batches:
+        if not go_on():
+          raise _Stopped
+        yield batch
+
+    try:
+      return bits_per_byte.evaluate_batches(
+        self._step, params, until_stopped(), self._mesh
+      )
+    except _Stopped:
+      return None

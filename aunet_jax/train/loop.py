@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable
 
@@ -16,29 +15,9 @@ from aunet_jax.train.profile import Recorder
 from aunet_jax.train.setup import Setup
 from aunet_jax.train.state import TrainState
 from aunet_jax.train.step import compile_step
-from aunet_jax.workdir import layout
-
-
-class Stop:
-  """Turns SIGTERM and Ctrl-C into a clean stop after the current step."""
-
-  def __init__(self):
-    self.requested = None
-
-  def __enter__(self):
-    def ask(number, frame):
-      self.requested = signal.Signals(number).name
-      signal.signal(number, signal.default_int_handler)  # second: at once
-
-    self._old = {
-      number: signal.signal(number, ask)
-      for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    return self
-
-  def __exit__(self, *exception):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+from aunet_jax.train.stop import Stop, Votes
+from aunet_jax.train.watchdog import Watchdog
+from aunet_jax.workdir import layout, together
 
 
 class TrainingError(Failure):
@@ -114,25 +93,55 @@ def log(setup: Setup, step: int, step_metrics: dict) -> None:
   """Writes the row of the steps since the last one, and the progress line."""
   config, interval = setup.config, setup.interval
   lap = setup.watch.lap()
-  seconds = sum(lap.seconds.values())
+  # Steps and the wait for their data; evaluations and saves are no speed.
+  waiting = lap.seconds.get("data", 0.0)
+  seconds = lap.seconds.get("step", 0.0) + waiting
   row = interval.row(config, step, step_metrics)
   useful = counts.useful_train_flops(config.model, interval.positions)
   useful *= lap.steps / interval.steps
   peak_flops = devices.peak_flops(jax.devices()[0])
   row["bytes_per_second"] = lap.num_bytes / seconds
-  row["data_wait_share"] = lap.seconds.get("data", 0.0) / seconds
+  row["data_wait_share"] = waiting / seconds
   row["useful_mfu"] = (
     useful / (seconds * peak_flops * jax.device_count()) if peak_flops else None
   )
+  row |= setup.history.note(step, setup.watch.seconds)
   left = config.train.num_steps - step
   setup.log.progress(row, left * seconds / lap.steps)
   setup.log.row(row)
   interval.reset()
 
 
-def evaluate(setup: Setup, step: int, params) -> None:
+def compile_for(setup: Setup, batch) -> Callable:
+  """The step, compiled for the shapes of that batch.
+
+  Every process must have it before any begins: the first exchange between
+  processes waits for half a minute only on CPUs.
+  """
+  began = time.perf_counter()
+  with setup.watch.within("compile"), together.all_or_none():
+    step_fn = compile_step(
+      setup.config, setup.tx, setup.mesh, setup.shardings, setup.train_state,
+      batch,
+    )  # fmt: skip
+  setup.log.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
+  return step_fn
+
+
+def evaluate(
+  setup: Setup, step: int, params, go_on: Callable[[], bool]
+) -> bool:
+  """Evaluates held-out text; False where it was told to stop before the end.
+
+  The next start then makes up for it.
+  """
   with setup.watch.within("evaluate"):
-    result = setup.evaluator.evaluate(params)
+    result = setup.evaluator.evaluate(params, go_on)
+  if result is None:
+    setup.log.say(
+      f"step {step}: the evaluation stops; the next start repeats it"
+    )
+    return False
   setup.log.say(
     f"step {step}: held-out {result['bits_per_byte']:.4f} bits/byte over "
     f"{result['bytes']:,} bytes"
@@ -146,6 +155,14 @@ def evaluate(setup: Setup, step: int, params) -> None:
       "heldout_bytes": result["bytes"],
     }
   )
+  return True
+
+
+def is_evaluated(setup: Setup, step: int) -> bool:
+  """Whether the log has that step's evaluation; the same on all processes."""
+  rows = layout.read_rows(setup.workdir / layout.METRICS_FILE)
+  found = [r for r in rows if r["step"] == step and "heldout_loss_nats" in r]
+  return bool(together.broadcast(len(found)))
 
 
 def save(setup: Setup, step: int, train_state: TrainState, position) -> None:
@@ -197,17 +214,56 @@ def roll_back(setup: Setup, error: NotFiniteError, step: int) -> TrainState:
 # ----- the loop -------------------------------------------------------------
 
 
-def run(setup: Setup, profile: tuple[int, int] | None = None) -> str | None:
+def run(
+  setup: Setup, stop: Stop, profile: tuple[int, int] | None = None
+) -> str | None:
   """Trains to the last step, or until a signal.
 
   Args: profile: first and last step to record into WORKDIR/profile.
-  Returns: the name of the signal that stopped it, or None at the end.
+  Returns: None at the end; else what stopped it, with everything saved.
   Raises: TrainingError, CheckpointError.
   """
+  config, saver, watch = setup.config, setup.saver, setup.watch
+  stop.begin()
+  votes = Votes(setup.mesh, 2)
+  hang = (config.train.hang_seconds, config.train.hang_factor)
+  with Watchdog(*hang) as watchdog, watch.within("step"):
+
+    def ask() -> tuple[bool, bool]:
+      """Whether to stop and to save now, as all processes agree."""
+      return tuple(map(bool, votes.turn(bool(stop.requested), saver.late())))
+
+    def evaluate_at(step, params) -> bool:
+      def go_on():
+        watchdog.alive(f"the evaluation of step {step}")
+        return not ask()[0]
+
+      return evaluate(setup, step, params, go_on)
+
+    step, last = int(setup.train_state.step), config.train.num_steps
+    stopping = False
+    if step and setup.evaluator.due(step) and not is_evaluated(setup, step):
+      stopping = not evaluate_at(step, setup.train_state.params)
+    if step < last and not stopping:
+      recorder = Recorder(profile, setup.workdir)
+      with contextlib.closing(recorder):
+        stopping = take_steps(setup, watchdog, ask, evaluate_at, recorder)
+    watchdog.alive("the last save")
+    saver.wait()
+  setup.history.note(None, watch.seconds)
+  return (stop.requested or "a signal to another process") if stopping else None
+
+
+def take_steps(
+  setup: Setup,
+  watchdog: Watchdog,
+  ask: Callable[[], tuple[bool, bool]],
+  evaluate_at: Callable[[int, dict], bool],
+  recorder: Recorder,
+) -> bool:
+  """Trains to the last step; True where it was told to stop before the end."""
   config, watch, train_state = setup.config, setup.watch, setup.train_state
   step, last = int(train_state.step), config.train.num_steps
-  if step >= last:
-    return None
 
   def fetch():
     with watch.within("data"):
@@ -215,55 +271,52 @@ def run(setup: Setup, profile: tuple[int, int] | None = None) -> str | None:
 
   batch = fetch()
   sharding.check_replicas(batch)
-  began = time.perf_counter()
-  with watch.within("compile"):
-    step_fn = compile_step(
-      config, setup.tx, setup.mesh, setup.shardings, train_state, batch
-    )
-  setup.log.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
-
+  step_fn = compile_for(setup, batch)
+  watchdog.alive(f"step {step + 1}")
   arrivals = Arrivals(lambda *arrived: absorb(setup, *arrived))
-  recorder = Recorder(profile, setup.workdir)
-  roll_backs = 0
-  with Stop() as stop, contextlib.closing(recorder), watch.within("step"):
-    watch.lap()
-    while step < last:
-      step += 1
-      recorder.before(step)
-      train_state, device_metrics = step_fn(train_state, batch)
-      position = setup.loader.get_state()  # before the batch after this
-      batch = fetch() if step < last else None
-      recorder.after(step, device_metrics, setup.log.say)
+  roll_backs, stopping = 0, False
+  watch.lap()
+  while step < last and not stopping:
+    step += 1
+    recorder.before(step)
+    train_state, device_metrics = step_fn(train_state, batch)
+    position = setup.loader.get_state()  # before the batch after this
+    batch = fetch() if step < last else None
+    recorder.after(step, device_metrics, setup.log.say)
 
-      stopping = setup.saver.reached_preemption(step) or stop.requested
-      logs = step == last or step % config.train.log_every_steps == 0
-      saves = step == last or stopping or setup.saver.due(step)
-      evaluates = setup.evaluator.due(step)
-      try:
-        arrivals.push(step, device_metrics)
-        if not (logs or saves or evaluates):
-          continue
-        step_metrics = arrivals.settle()
-      except NotFiniteError as error:
-        if roll_backs == config.train.max_roll_backs:
-          raise
-        roll_backs += 1
-        train_state = roll_back(setup, error, step)
-        batch = fetch() if batch is None else batch
-        step = int(train_state.step)
-        arrivals.forget()
-        watch.lap()
+    stopping, late = ask()
+    logs = step == last or step % config.train.log_every_steps == 0
+    saves = step == last or stopping or late or setup.saver.due(step)
+    evaluates = setup.evaluator.due(step)
+    try:
+      arrivals.push(step, device_metrics)
+      watchdog.step(step)
+      if not (logs or saves or evaluates):
         continue
+      step_metrics = arrivals.settle()
+    except NotFiniteError as error:
+      if roll_backs == config.train.max_roll_backs:
+        raise
+      roll_backs += 1
+      train_state = roll_back(setup, error, step)
+      batch = fetch() if batch is None else batch
+      step, stopping = int(train_state.step), False
+      arrivals.forget()
+      watch.lap()
+      continue
 
-      if logs:
-        log(setup, step, step_metrics)
-      # Evaluated before it is saved: a run killed between the two evaluates
-      # again, one killed after both has the row.
-      if evaluates:
-        evaluate(setup, step, train_state.params)
-      if saves:
+    if logs:
+      log(setup, step, step_metrics)
+    if saves:
+      save(setup, step, train_state, position)
+    # After the save: an evaluation that is killed costs no steps, and the next
+    # start repeats it.
+    if evaluates and not stopping:
+      stopping = not evaluate_at(step, train_state.params)
+      if stopping and not saves:
         save(setup, step, train_state, position)
-      if stopping:
-        break
-  setup.saver.wait()
-  return stop.requested if step < last else None
+    elif step == last and stopping and not evaluates:
+      stopping = False  # nothing is left to do
+    if saves or evaluates:
+      watchdog.alive(f"step {step + 1}")
+  return stopping

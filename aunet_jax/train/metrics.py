@@ -13,7 +13,12 @@ from aunet_jax.aunet import loss
 from aunet_jax.config import Config
 from aunet_jax.terminal import duration, si
 from aunet_jax.train import optimizer
-from aunet_jax.workdir.layout import METRICS_FILE, drop_rows_after, read_rows
+from aunet_jax.workdir.layout import (
+  METRICS_FILE,
+  column,
+  drop_rows_after,
+  read_rows,
+)
 
 CURVE_FILE = "loss_curve.png"
 
@@ -95,9 +100,7 @@ def draw_loss_curve(workdir: Path) -> Path:
     ("bits_per_byte", "training", {"color": "#0072b2", "linewidth": 1}),
     ("heldout_bits_per_byte", "held out", {"color": "#d55e00", "marker": "o"}),
   ):
-    points = [
-      (r["bytes_seen"] / 1e6, r[name]) for r in rows if r.get(name) is not None
-    ]
+    points = [(seen / 1e6, y) for seen, y in column(rows, "bytes_seen", name)]
     if points:
       axes.plot(*zip(*points, strict=True), label=label, **style)
   axes.set_xlabel("text seen (MB)")
@@ -107,6 +110,21 @@ def draw_loss_curve(workdir: Path) -> Path:
   path = workdir / CURVE_FILE
   figure.savefig(path, dpi=150)
   return path
+
+
+def rate_of_step(config: Config, step: int, metrics: dict) -> float:
+  """The learning rate that a step used.
+
+  The schedule counts updates: a skipped step leaves it where it is, as it
+  leaves all of the optimizer.
+  """
+  skipped_before = int(metrics["nonfinite_total"])
+  if metrics["nonfinite_in_row"]:
+    skipped_before -= 1  # this step itself
+  schedule = optimizer.learning_rate_schedule(
+    config.optimizer, config.train.num_steps
+  )
+  return float(schedule(step - 1 - skipped_before))
 
 
 class Interval:
@@ -189,11 +207,7 @@ class Interval:
       ),
       **level_loss,
       "bytes_seen": self.bytes_seen,
-      "learning_rate": float(
-        optimizer.learning_rate_schedule(
-          config.optimizer, config.train.num_steps
-        )(step - 1)
-      ),
+      "learning_rate": rate_of_step(config, step, metrics),
       "grad_norm": (
         float(metrics["grad_norm"])
         if math.isfinite(metrics["grad_norm"])

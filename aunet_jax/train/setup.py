@@ -18,8 +18,14 @@ from aunet_jax.train import metrics, optimizer, state
 from aunet_jax.train.cluster import keep_compiled_programs
 from aunet_jax.train.evaluator import Evaluator
 from aunet_jax.train.state import TrainState
-from aunet_jax.train.stopwatch import Stopwatch
-from aunet_jax.workdir import checkpoints, layout, load, tables
+from aunet_jax.train.stopwatch import History, Stopwatch
+from aunet_jax.workdir import (
+  checkpoints,
+  layout,
+  load,
+  tables,
+  together,
+)
 
 # Settings that do not change what is learned from which bytes. Everything
 # else must equal the workdir's own config when a run continues.
@@ -39,6 +45,7 @@ FREE_FIELDS = (
   "train.max_nonfinite_steps",
   "train.max_roll_backs",
   "train.spike_sigmas",
+  "train.hang_",
   "model.unroll_layers",
 )
 FREE_STAGE_FIELDS = ("remat", "attention")
@@ -118,6 +125,7 @@ class Setup(NamedTuple):
   saver: checkpoints.Checkpointer
   log: metrics.Log
   watch: Stopwatch
+  history: History
   interval: metrics.Interval
   identity: dict  # hashes stored in every checkpoint
 
@@ -178,7 +186,44 @@ def check_identity(
     )
 
 
-def set_up(config: Config, workdir: Path) -> Setup:
+JUMP = 1.5  # of the learning rate, that a resume must be told to accept
+
+
+def check_rate(
+  old: Config, config: Config, count: int, accepted: bool, say
+) -> None:
+  """Compares the learning rates that a run and its continuation give a step.
+
+  A schedule that ends with the run is another one for more steps.
+
+  Args: count: updates made so far. accepted: whether a jump is wanted.
+  Raises: ValueError where it jumps and that was not accepted.
+  """
+  before, after = (
+    float(
+      optimizer.learning_rate_schedule(c.optimizer, c.train.num_steps)(count)
+    )
+    for c in (old, config)
+  )
+  if before == after:
+    return
+  steps = f"train.num_steps {old.train.num_steps} -> {config.train.num_steps}"
+  rates = f"{before:.3g} -> {after:.3g}"
+  if max(before, after) <= JUMP * min(before, after) or accepted:
+    say(f"learning rate of the next step, with {steps}: {rates}")
+    return
+  raise ValueError(
+    f"{steps} makes the learning rate of the next step jump, {rates} "
+    f"({after / before if before else float('inf'):.1f} times), since "
+    f"optimizer.schedule={config.optimizer.schedule!r} ends with the run. Add "
+    f"--accept_learning_rate to go on like that, or train in a new workdir "
+    f"with schedule='wsd' or 'constant', which can be continued."
+  )
+
+
+def set_up(
+  config: Config, workdir: Path, accept_learning_rate: bool = False
+) -> Setup:
   """Opens data and workdir, and restores what is there.
 
   Order of a resume: 1. the newest undamaged checkpoint is chosen; 2. the config
@@ -187,6 +232,9 @@ def set_up(config: Config, workdir: Path) -> Setup:
   data iterator is set; 7. config.json is written; 8. the log loses its rows
   past the restored step.
 
+  Where a process of several fails, all do.
+
+  Args: accept_learning_rate: see `check_rate`.
   Raises: ValueError, CheckpointError.
   """
   watch = Stopwatch()
@@ -197,50 +245,60 @@ def set_up(config: Config, workdir: Path) -> Setup:
       print(line, flush=True)
 
   keep_compiled_programs()
-  mesh = sharding.make_mesh(config.mesh)
-  check_batch(config, mesh)
-  say(attention.describe(config.model.stages, sharding.platform(mesh)))
-  tx = optimizer.make_optimizer(config)
-  splitter = Splitter(config.model.rules)
-  tokenizer = open_tokenizer(config)
+  with together.all_or_none():
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch(config, mesh)
+    say(attention.describe(config.model.stages, sharding.platform(mesh)))
+    tx = optimizer.make_optimizer(config)
+    splitter = Splitter(config.model.rules)
+    tokenizer = open_tokenizer(config)
   newest = checkpoints.choose(workdir, say)
-  host = {} if newest is None else layout.read_host(workdir, newest)
-  check_workdir(workdir, config, None if newest is None else host, say)
 
-  cache = config.data.cache_dir
-  corpus, heldout = open_corpora(
-    config.data,
-    splitter,
-    config.model.capacities,
-    cache_dir=workdir / "data" if cache is None else Path(cache),
-    log=say,
-    begun_with=host.get("data_fingerprint"),
-    begun_with_heldout=host.get("heldout_fingerprint"),
-  )
-  share_index, share_count = sharding.batch_share(mesh)
-  loader = make_loader(
-    corpus,
-    seed=config.seed,
-    batch_size=config.train.batch_size,
-    share_index=share_index,
-    share_count=share_count,
-    num_workers=config.data.num_workers,
-  )
-  if newest is not None:
-    check_identity(host, config, workdir, splitter, tokenizer, corpus)
+  with together.all_or_none():
+    old = config
+    host = {} if newest is None else layout.read_host(workdir, newest)
+    if newest is not None and not layout.is_converted(host):
+      old = layout.read_config(workdir)
+    check_workdir(workdir, config, None if newest is None else host, say)
+    cache = config.data.cache_dir
+    corpus, heldout = open_corpora(
+      config.data,
+      splitter,
+      config.model.capacities,
+      cache_dir=workdir / "data" if cache is None else Path(cache),
+      log=say,
+      begun_with=host.get("data_fingerprint"),
+      begun_with_heldout=host.get("heldout_fingerprint"),
+    )
+    share_index, share_count = sharding.batch_share(mesh)
+    loader = make_loader(
+      corpus,
+      seed=config.seed,
+      batch_size=config.train.batch_size,
+      share_index=share_index,
+      share_count=share_count,
+      num_workers=config.data.num_workers,
+    )
+    if newest is not None:
+      check_identity(host, config, workdir, splitter, tokenizer, corpus)
 
   saver = checkpoints.Checkpointer(workdir, config.checkpoint)
   restored = restore(config, tx, mesh, saver, newest, host)
   step = int(restored.train_state.step)
-  if restored.loader is not None:
-    loader.set_state(restored.loader)
-    say(f"continuing from checkpoint {step}")
-  if is_main:
-    layout.write_config(workdir, config)
-    tables.keep(workdir, config.model.rules)
-    if tokenizer is not None:
-      content = Path(tokenizer.path).read_bytes()
-      files.write_whole(workdir / layout.TOKENIZER_FILE, content)
+  with together.all_or_none():
+    updates = step - int(restored.train_state.nonfinite_total)
+    check_rate(old, config, updates, accept_learning_rate, say)
+    if restored.loader is not None:
+      loader.set_state(restored.loader)
+      say(f"continuing from checkpoint {step}")
+    interval = metrics.Interval(restored.interval)
+    if is_main:
+      layout.write_config(workdir, config)
+      tables.keep(workdir, config.model.rules)
+      if tokenizer is not None:
+        content = Path(tokenizer.path).read_bytes()
+        files.write_whole(workdir / layout.TOKENIZER_FILE, content)
+    log = metrics.Log(workdir, config, step, is_main)
   return Setup(
     config=config,
     workdir=workdir,
@@ -252,9 +310,10 @@ def set_up(config: Config, workdir: Path) -> Setup:
     heldout=heldout,
     evaluator=Evaluator(config, heldout, mesh),
     saver=saver,
-    log=metrics.Log(workdir, config, step, is_main),
+    log=log,
     watch=watch,
-    interval=metrics.Interval(restored.interval),
+    history=History(workdir, step, is_main),
+    interval=interval,
     identity={
       "splitter_hash": splitter.hash,
       "data_fingerprint": corpus.fingerprint,

@@ -99,16 +99,20 @@ def make_train_step(
   def train_step(train_state, batch):
     num_targets, num_bytes = loss.count_targets(batch)
     grad = jax.value_and_grad(loss_sums, argnums=1, has_aux=True)
-    divisor = jnp.maximum(num_targets, 1.0)  # a batch of padding alone
+    # At least 1: a batch of padding alone.
+    divisor = jnp.maximum(num_targets.astype(jnp.float32), 1.0)
+    # Gradients come in the dtype of what they are of, and are added up in it:
+    # over microbatches and devices, bfloat16 would drop the small ones.
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), train_state.params)
 
     def micro(carry, microbatch):
-      (_, sums), grads = grad(model, train_state.params, microbatch, divisor)
+      (_, sums), grads = grad(model, wide, microbatch, divisor)
       return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
     if num_micro == 1:
-      (_, sums), grads = grad(model, train_state.params, batch, divisor)
+      (_, sums), grads = grad(model, wide, batch, divisor)
     else:
-      zeros = jax.tree.map(jnp.zeros_like, train_state.params)
+      zeros = jax.tree.map(jnp.zeros_like, wide)
       nothing = (jnp.float32(0), jnp.float32(0))
       (sums, grads), _ = jax.lax.scan(
         micro, (nothing, zeros), _microbatches(batch, num_micro)
@@ -116,6 +120,9 @@ def make_train_step(
 
     nats, level_nats = sums
     grad_norm = optax.tree.norm(grads)
+    grads = jax.tree.map(
+      lambda g, p: g.astype(p.dtype), grads, train_state.params
+    )
     updates, opt_state = tx.update(
       grads, train_state.opt_state, train_state.params
     )

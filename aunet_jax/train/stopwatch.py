@@ -1,9 +1,15 @@
-"""Where the wall time of a run goes."""
+"""Where the wall time of a run goes, in one start and over all of them."""
 
 import contextlib
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+from aunet_jax import files
+
+TIMES_FILE = "times.json"
 
 
 class Lap(NamedTuple):
@@ -61,3 +67,95 @@ class Stopwatch:
     )
     self._before, self._steps, self._bytes = dict(self.seconds), 0, 0
     return lap
+
+
+class History:
+  """Wall time of all starts of a run, in WORKDIR/times.json.
+
+  Goodput is the share of wall time in steps that count: neither compiling,
+  waiting for data, evaluating, saving and starting, nor the time between two
+  starts, nor steps that were done a second time after a crash.
+  """
+
+  WRITE_SECONDS = 30  # at most as often
+
+  def __init__(
+    self,
+    workdir: Path,
+    step: int,
+    active: bool,
+    clock: Callable[[], float] = time.time,
+  ):
+    """Args: step: that this start goes on from. active: whether to write."""
+    self._path, self._active, self._clock = workdir / TIMES_FILE, active, clock
+    self._written = 0.0
+    self._starts = _read_starts(self._path) if active else []
+    now = clock()
+    self._this = {
+      "began": now, "until": now, "first_step": step, "last_step": step,
+      "seconds": {},
+    }  # fmt: skip
+    self._starts.append(self._this)
+
+  def note(self, step: int | None, seconds: dict[str, float]) -> dict:
+    """Brings this start up to date.
+
+    Args: step: that has ended; None at the end of this start.
+    Returns: goodput of this start, and of all together.
+    """
+    now = self._clock()
+    self._this["until"], self._this["seconds"] = now, dict(seconds)
+    if step is not None:
+      self._this["last_step"] = step
+    if self._active:
+      if step is None or now - self._written >= self.WRITE_SECONDS:
+        files.write_whole(self._path, json.dumps({"starts": self._starts}))
+        self._written = now
+    return {
+      "goodput": goodput([self._this]), "goodput_all_starts": self.goodput()
+    }  # fmt: skip
+
+  def goodput(self) -> float:
+    return goodput(self._starts)
+
+  def summary(self) -> str:
+    """Where the time of this start went, and the goodput of all starts."""
+    seconds = self._this["seconds"]
+    total = sum(seconds.values()) or 1.0
+    shares = sorted(seconds.items(), key=lambda item: -item[1])
+    line = "time: " + ", ".join(
+      f"{k} {100 * v / total:.1f}%" for k, v in shares
+    )
+    if len(self._starts) > 1:
+      line += (
+        f"; over {len(self._starts)} starts {100 * self.goodput():.1f}% of the "
+        f"time since the first went into steps that count"
+      )
+    return line
+
+
+def goodput(starts: list[dict]) -> float:
+  """Share of the wall time from the first start on in steps that count."""
+  useful = 0.0
+  for start, following in zip(starts, [*starts[1:], None], strict=True):
+    done = start["last_step"] - start["first_step"]
+    kept = done
+    if following is not None:
+      kept = min(done, max(0, following["first_step"] - start["first_step"]))
+    if done > 0:
+      useful += start["seconds"].get("step", 0.0) * kept / done
+  passed = starts[-1]["until"] - starts[0]["began"]
+  return useful / passed if passed > 0 else 0.0
+
+
+def _read_starts(path: Path) -> list[dict]:
+  """Those in the file; none where it is damaged: nothing else needs it."""
+  try:
+    starts = files.parse_json(path.read_bytes())["starts"]
+    for start in starts:
+      for name in ("began", "until", "first_step", "last_step"):
+        start[name] + 0
+      sum(start["seconds"].values())
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    return []
+  return starts

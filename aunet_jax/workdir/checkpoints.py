@@ -8,16 +8,15 @@ manifest that tells later whether its files are still as they were written.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from aunet_jax.config import CheckpointConfig
-from aunet_jax.workdir import manifest
+from aunet_jax.workdir import manifest, together
 from aunet_jax.workdir.layout import (
   CHECKPOINTS,
   CheckpointError,
@@ -71,21 +70,13 @@ def choose(
   Raises: CheckpointError where there are checkpoints, all of them damaged;
     then none is renamed.
   """
-  workdir, step, failure = Path(workdir), None, None
-  if jax.process_index() == 0:
-    try:
+  workdir, step = Path(workdir), None
+  with together.all_or_none():
+    if jax.process_index() == 0:
       step, damaged = newest_undamaged(workdir, last)
       _set_aside(workdir / CHECKPOINTS, damaged, say)
-    except (CheckpointError, OSError) as error:
-      failure = error
-  if jax.process_count() > 1:
-    code = -2 if failure else -1 if step is None else step
-    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-    if code == -2 and failure is None:
-      failure = CheckpointError("process 0 found no undamaged checkpoint.")
-    step = code if code >= 0 else None
-  if failure is not None:
-    raise failure
+  code = together.broadcast(-1 if step is None else step)
+  step = code if code >= 0 else None
   if step is not None:
     folder = workdir / CHECKPOINTS / str(step)
     if not (folder / manifest.FILE).exists():
@@ -101,8 +92,10 @@ def _set_aside(
 ) -> None:
   for step, reason in damaged.items():
     aside = directory / f"damaged-{step}"
-    if aside.exists():  # the same step, damaged before
-      shutil.rmtree(aside)
+    if aside.is_dir() and not aside.is_symlink():
+      shutil.rmtree(aside)  # the same step, damaged before
+    else:
+      aside.unlink(missing_ok=True)
     (directory / str(step)).rename(aside)
     say(f"checkpoint {step} skipped: {reason}; it is now {aside}")
 
@@ -112,6 +105,15 @@ def _set_aside(
 
 def _num_bytes(tree) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _kept(config: CheckpointConfig):
+  """The newest ones, and milestones beside them."""
+  policies = ocp.checkpoint_managers.preservation_policy
+  kept = [policies.LatestN(config.keep)]
+  if config.milestone_steps is not None:
+    kept.append(policies.EveryNSteps(config.milestone_steps))
+  return policies.AnyPreservationPolicy(kept)
 
 
 def read_items(
@@ -138,14 +140,20 @@ def read_items(
 class Checkpointer:
   """Says when to save, saves in the background, and restores."""
 
-  def __init__(self, workdir: str | Path, config: CheckpointConfig):
+  def __init__(
+    self,
+    workdir: str | Path,
+    config: CheckpointConfig,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self._clock, self._saved_at = clock, clock()
     self.directory = Path(workdir).absolute() / CHECKPOINTS
     self._config = config
     self._saving = None  # the step being saved; one at a time
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep,
+        preservation_policy=_kept(config),
         cleanup_tmp_directories=True,
         async_options=ocp.options.AsyncOptions(
           post_finalization_callback=self._write_manifest
@@ -160,7 +168,19 @@ class Checkpointer:
       manifest.write(self.directory / name)
 
   def due(self, step: int) -> bool:
-    return step % self._config.every_steps == 0
+    """Whether that step is saved whatever the time."""
+    every = (self._config.every_steps, self._config.milestone_steps)
+    return any(n is not None and step % n == 0 for n in every)
+
+  def late(self) -> bool:
+    """Whether the newest save is `every_minutes` old.
+
+    The clock of one process: all must agree before they save.
+    """
+    minutes = self._config.every_minutes
+    if minutes is None:
+      return False
+    return self._clock() - self._saved_at >= 60 * minutes
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
@@ -176,10 +196,6 @@ class Checkpointer:
       if newer > step:
         self._manager.delete(newer)
 
-  def reached_preemption(self, step: int) -> bool:
-    """True on every process once any was told to stop (multi-host only)."""
-    return self._manager.reached_preemption(step)
-
   def save(self, step: int, items: dict[str, object], host: dict) -> None:
     """Starts saving checkpoint `step`.
 
@@ -189,16 +205,17 @@ class Checkpointer:
     Raises: SaveError where this save, or the one before it that ran in the
       background, could not be written. Older checkpoints stay as they are.
     """
-    self.wait()  # errors of the save before this one are its own
-    needed = _num_bytes(items)
-    free = shutil.disk_usage(self.directory).free
-    if free < needed:
-      raise SaveError(
-        f"checkpoint {step} needs {needed / 1e6:.1f} MB but {self.directory} "
-        f"has {free / 1e6:.1f} MB free; free some space and run the same "
-        f"command again to continue from checkpoint {self.latest_step()}."
-      )
-    self._saving = step
+    with together.all_or_none():
+      self.wait()  # errors of the save before this one are its own
+      needed = _num_bytes(items)
+      free = shutil.disk_usage(self.directory).free
+      if free < needed:
+        raise SaveError(
+          f"checkpoint {step} needs {needed / 1e6:.1f} MB but {self.directory} "
+          f"has {free / 1e6:.1f} MB free; free some space and run the same "
+          f"command again to continue from checkpoint {self.latest_step()}."
+        )
+    self._saving, self._saved_at = step, self._clock()
     args = {k: ocp.args.StandardSave(tree) for k, tree in items.items()}
     try:
       saved = self._manager.save(

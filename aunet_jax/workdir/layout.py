@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import types
+import typing
 from pathlib import Path
 
 import jax
@@ -15,6 +17,38 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"  # a copy; only where the model reads tokens
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+
+# Fields of the JSON files, where they are there. Other fields are free.
+_HOST = {
+  "splitter_hash": str,
+  "data_fingerprint": str,
+  "heldout_fingerprint": str | None,
+  "tokenizer_hash": str | None,
+  "loader": dict,
+  "interval": dict,
+}
+_LOADER = {"next_row": int}
+INTERVAL = {
+  "bytes_seen": int,
+  "nats": float,
+  "level_nats": float,
+  "targets": float,
+  "bytes": int,
+  "positions": list[int] | None,
+  "steps": int,
+  "recent": list[float],
+}
+_ROW = {
+  "step": int,
+  "bytes_seen": int,
+  "loss_nats": float | None,
+  "bits_per_byte": float | None,
+  "bytes_per_second": float,
+  "data_wait_share": float,
+  "heldout_loss_nats": float,
+  "heldout_bits_per_byte": float,
+  "heldout_bytes": int,
+}
 
 
 class CheckpointError(Failure):
@@ -31,8 +65,47 @@ class SaveError(CheckpointError):
 
 def steps(workdir: str | Path) -> list[int]:
   """Committed checkpoints of a workdir, ascending."""
-  directory = Path(workdir) / CHECKPOINTS
-  return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+  directory, found = Path(workdir) / CHECKPOINTS, []
+  for path in directory.glob("*"):
+    number = path.name.rpartition("_")[2]  # where Orbax looks for a step
+    if not number.isdigit():
+      continue
+    if not (path.name.isascii() and path.name == str(int(number))):
+      raise CheckpointError(
+        f"{path} is named like a checkpoint but is none; checkpoints are "
+        f"folders like {directory / '500'}. Move it elsewhere or rename it."
+      )
+    found.append(int(number))
+  return sorted(found)
+
+
+# ----- JSON files ------------------------------------------------------------
+
+
+def _fits(value, kind) -> bool:
+  if isinstance(kind, types.UnionType):
+    return any(_fits(value, part) for part in kind.__args__)
+  if typing.get_origin(kind) is list:
+    (part,) = typing.get_args(kind)
+    return isinstance(value, list) and all(_fits(item, part) for item in value)
+  if kind is float:
+    kind = int | float
+  return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_fields(value, fields: dict, required: tuple[str, ...], name: str):
+  """Raises: ValueError where a JSON value is no dict of such fields."""
+  if not isinstance(value, dict):
+    raise ValueError(f"{name} is {value!r:.60}, not an object")
+  for field in required:
+    if field not in value:
+      raise ValueError(f"{name} lacks {field}")
+  for field, kind in fields.items():
+    if field in value and not _fits(value[field], kind):
+      kind = getattr(kind, "__name__", kind)
+      raise ValueError(
+        f"{field} of {name} is {value[field]!r:.60}, which is no {kind}"
+      )
 
 
 def read_host(workdir: str | Path, step: int) -> dict:
@@ -42,9 +115,15 @@ def read_host(workdir: str | Path, step: int) -> dict:
   """
   folder = Path(workdir) / CHECKPOINTS / str(step)
   try:
-    return json.loads((folder / "host" / "metadata").read_text())
+    host = files.parse_json((folder / "host" / "metadata").read_bytes())
+    check_fields(host, _HOST, ("splitter_hash",), "host/metadata")
+    if not is_converted(host):
+      check_fields(host, {}, ("data_fingerprint",), "host/metadata")
+      check_fields(host["loader"], _LOADER, ("next_row",), "loader")
+      check_fields(host.get("interval", {}), INTERVAL, (), "interval")
   except (OSError, ValueError) as error:
     raise unreadable(folder, error) from error
+  return host
 
 
 def is_converted(host: dict) -> bool:
@@ -53,10 +132,10 @@ def is_converted(host: dict) -> bool:
 
 
 def unreadable(folder: Path, reason) -> CheckpointError:
-  """For a checkpoint without manifest, or one its manifest calls whole."""
+  """For a checkpoint without manifest, or whose files are as they were."""
   first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
   older = [step for step in steps(folder.parents[1]) if step < int(folder.name)]
-  remedy = f"continue from checkpoint {older[-1]}" if older else "start anew"
+  remedy = f"continue from checkpoint {older[-1]}" if older else "start again"
   return CheckpointError(
     f"checkpoint {folder} cannot be read ({first}); delete that folder to "
     f"{remedy}."
@@ -93,18 +172,24 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-  """The whole rows of a metrics file; torn or foreign lines are left out."""
+  """The rows of a metrics file; torn or foreign lines are left out."""
   if not path.exists():
     return []
   rows = []
   for line in path.read_text(errors="replace").splitlines():
     try:
-      row = json.loads(line)
-    except json.JSONDecodeError:  # the process died while writing it
+      row = files.parse_json(line)
+      check_fields(row, _ROW, ("step",), "row")
+    except ValueError:  # the process died while writing it
       continue
-    if isinstance(row, dict) and isinstance(row.get("step"), int):
-      rows.append(row)
+    rows.append(row)
   return rows
+
+
+def column(rows: list[dict], *names: str) -> list[tuple]:
+  """Values of the rows that have all of these fields, None left out."""
+  values = (tuple(row.get(name) for name in names) for row in rows)
+  return [value for value in values if None not in value]
 
 
 @contextlib.contextmanager
@@ -117,6 +202,12 @@ def lock_workdir(workdir: Path):
   """
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"--workdir={workdir} is a file; name a directory.")
+  try:
+    str(workdir).encode()
+  except UnicodeEncodeError:
+    raise ValueError(
+      f"--workdir={workdir} is not UTF-8, which checkpoints need; use another."
+    ) from None
   if jax.process_index() != 0:
     yield
     return

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from aunet_jax.aunet import sharding
+from aunet_jax.aunet import devices, sharding
 from aunet_jax.aunet.network import AUNet, init_params
 from aunet_jax.config import Config
 from aunet_jax.data.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ def load(
   boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
   if mesh is None:
     mesh = jax.sharding.Mesh(
-      np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES
+      np.asarray(devices.present()[:1]).reshape(1, 1, 1), sharding.AXES
     )
   target = sharding.placed(
     sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh)

@@ -1,4 +1,4 @@
-"""Sizes and checksums of a checkpoint's files, to tell whether it is whole.
+"""Sizes and checksums of a checkpoint's files, to tell whether it is damaged.
 
 Orbax (0.12) returns flipped bits of an array's file as if they were numbers,
 so a checkpoint that reads without an error may still be damaged. Its manifest
@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Collection
 from concurrent import futures
 from pathlib import Path
+
+from aunet_jax import files as files_lib
 
 FILE = "manifest.json"
 
@@ -43,13 +45,21 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str | None:
 
   Args: items: subfolders to look at; None = all.
   """
+  if not folder.is_dir():
+    return "it is not a directory"
+  if items is None and folder.is_symlink():  # it cannot be deleted as one
+    return "it is a link"
   try:
-    saved = json.loads((folder / FILE).read_bytes())
+    saved = files_lib.parse_json((folder / FILE).read_bytes())
     files = saved["files"]
-    intact = saved["crc32"] == _crc32_of(files)
+    intact = saved["crc32"] == _crc32_of(files) and all(map(_is_entry, files))
+    intact = intact and all(
+      len(entry) == 2 and all(type(number) is int for number in entry)
+      for entry in files.values()
+    )
   except FileNotFoundError:
     return None
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, AttributeError):
     intact = False
   if not intact:
     return f"its {FILE} is damaged"
@@ -72,6 +82,12 @@ def damage(folder: Path, items: Collection[str] | None = None) -> str | None:
       if found != crc:
         return f"{name} has other bytes than were written (checksum)"
   return None
+
+
+def _is_entry(name: str) -> bool:
+  """Whether it names a file inside a folder of the checkpoint."""
+  parts = name.split("/")
+  return len(parts) > 1 and not {"", ".", ".."} & set(parts)
 
 
 def _too(missing: int) -> str:

@@ -37,6 +37,7 @@ def run(folder: Path, *flags) -> int:
       "--config.data.heldout_fraction=0",
       "--config.train.num_steps=9",
       "--config.train.log_every_steps=1",
+      "--accept_learning_rate",  # some go on for more steps
       *flags,
     ]
   )

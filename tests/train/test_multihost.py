@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -133,6 +134,87 @@ def test_two_processes_train_as_one_though_one_was_killed_in_a_save(
   assert (first.returncode, second.wait()) == (0, 0)
   assert ("continuing from checkpoint 7" in said) == saved
   np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
+
+
+PATIENCE = 300  # seconds, for anything to happen on a busy machine
+LONG = (
+  "--config.mesh.fsdp=2", "--config.train.num_steps=100000",
+  "--config.data.heldout_fraction=0.2", "--config.checkpoint.every_steps=50000",
+)  # fmt: skip
+
+
+def await_(condition, processes, what: str) -> None:
+  end = time.monotonic() + PATIENCE
+  while not condition():
+    assert time.monotonic() < end, f"no {what} within {PATIENCE} s"
+    for process in processes:
+      assert process.poll() is None, process.communicate()
+    time.sleep(0.005)
+
+
+def logged(workdir) -> list[dict]:
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def both_stop(processes, workdir) -> int:
+  """Both end with 75, and the step of the last row is saved; that step."""
+  try:
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
+  except subprocess.TimeoutExpired:
+    for process in processes:
+      process.kill()
+    raise
+  assert [p.returncode for p in processes] == [75, 75], outputs
+  saved = sorted(
+    int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()
+  )
+  steps = [row["step"] for row in logged(workdir) if "loss_nats" in row]
+  assert saved[-1] == steps[-1]
+  for stdout, _ in outputs[:1]:
+    assert "everything is saved" in stdout
+  return saved[-1]
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, corpus):
+  processes = two_processes(tmp_path, corpus, *LONG)
+  await_(lambda: len(logged(tmp_path)) > 2, processes, "third step")
+  processes[1].send_signal(signal.SIGTERM)
+  both_stop(processes, tmp_path)
+
+
+@pytest.mark.slow  # two processes each
+@pytest.mark.parametrize(
+  "moment", ["in turn", "saving", "evaluating", "compiling", "hangup"]
+)
+def test_a_stop_at_any_moment_ends_both_processes_alike(
+  tmp_path, corpus, moment
+):
+  flags = [*LONG]
+  if moment == "saving":
+    flags[-1] = "--config.checkpoint.every_steps=2"
+  if moment == "evaluating":
+    flags.append("--config.train.eval_every_steps=2")
+  processes = two_processes(tmp_path, corpus, *flags)
+  first, second = processes
+  if moment == "compiling":
+    data = tmp_path / "config.json"  # written just before
+    await_(data.exists, processes, "end of the set-up")
+    second.send_signal(signal.SIGTERM)
+  elif moment == "saving":
+    saving = tmp_path / "checkpoints"
+    await_(lambda: any(saving.glob("*tmp*")), processes, "save")
+    second.send_signal(signal.SIGTERM)
+  else:
+    await_(lambda: len(logged(tmp_path)) > 2, processes, "third step")
+    number = signal.SIGHUP if moment == "hangup" else signal.SIGTERM
+    second.send_signal(number)
+    if moment == "in turn":
+      time.sleep(0.3)
+      first.send_signal(number)
+  step = both_stop(processes, tmp_path)
+  assert step < 100000
 
 
 def test_a_missing_process_is_said_after_the_timeout(tmp_path, corpus):

@@ -1,0 +1,66 @@
+"""What the processes of a run do all alike.
+
+Every process must call these, in the same order; one process alone decides
+for itself.
+"""
+
+import contextlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from aunet_jax.terminal import EXIT_FAILED, Failure, status_of
+
+_MESSAGE_BYTES = 500  # of a failure, as the other processes print it
+
+
+class ElsewhereError(Failure):
+  """Another process of the run failed."""
+
+
+def broadcast(number: int) -> int:
+  """The number that process 0 has."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+@contextlib.contextmanager
+def all_or_none():
+  """Where one process fails inside, all do, with the same exit status.
+
+  Without it the others would wait for the one that is gone, and end with a
+  status of their own. Inside, no process may wait for another.
+
+  Raises: what was raised inside, or ElsewhereError. Where the statuses differ,
+    the one after which a launcher tries again wins.
+  """
+  failure = None
+  try:
+    yield
+  except (ValueError, OSError, Failure) as error:
+    if jax.process_count() == 1:
+      raise
+    failure = error
+  if jax.process_count() == 1:
+    return
+  report = np.zeros(1 + _MESSAGE_BYTES, np.uint8)
+  if failure is not None:
+    message = str(failure).encode(errors="replace")[:_MESSAGE_BYTES]
+    report[0] = status_of(failure)
+    report[1 : 1 + len(message)] = list(message)
+  reports = multihost_utils.process_allgather(report)
+  failed = [i for i, row in enumerate(reports) if row[0]]
+  if not failed:
+    return
+  statuses = {int(reports[i][0]) for i in failed}
+  status = EXIT_FAILED if EXIT_FAILED in statuses else max(statuses)
+  if failure is not None and status_of(failure) == status:
+    raise failure
+  message = bytes(reports[failed[0]][1:]).rstrip(b"\0").decode(errors="replace")
+  elsewhere = ElsewhereError(
+    str(failure) if failure is not None else f"process {failed[0]}: {message}"
+  )
+  elsewhere.status = status
+  raise elsewhere from failure

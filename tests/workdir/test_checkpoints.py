@@ -1,0 +1,123 @@
+"""Choosing, saving and keeping checkpoints of plain trees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from aunet_jax.config import CheckpointConfig
+from aunet_jax.terminal import Failure
+from aunet_jax.workdir import checkpoints, layout, manifest, together
+
+HOST = {"splitter_hash": "ab"}
+
+
+def save(saver, *steps) -> None:
+  for step in steps:
+    saver.save(step, {"params": {"a": jnp.full(3, step)}}, HOST)
+  saver.wait()
+
+
+def test_milestones_stay_beside_the_newest(tmp_path):
+  settings = CheckpointConfig(every_steps=10, keep=2, milestone_steps=25)
+  saver = checkpoints.Checkpointer(tmp_path, settings)
+  due = [step for step in range(1, 61) if saver.due(step)]
+  assert due == [10, 20, 25, 30, 40, 50, 60]
+  save(saver, *due)
+  saver.close()
+  assert layout.steps(tmp_path) == [25, 50, 60]
+  again = checkpoints.Checkpointer(tmp_path, settings)
+  save(again, 70)
+  target = {"a": jax.ShapeDtypeStruct((3,), jnp.int32)}
+  target = jax.tree.map(
+    lambda x: x.update(sharding=jax.sharding.SingleDeviceSharding(
+      jax.devices()[0]
+    )), target,
+  )  # fmt: skip
+  restored = again.restore(25, {"params": target})
+  np.testing.assert_array_equal(restored["params"]["a"], [25, 25, 25])
+  with pytest.raises(layout.CheckpointError, match="optimizer state is miss"):
+    again.restore(25, {"params": target, "optimizer": {}})
+  again.close()
+  assert layout.steps(tmp_path) == [25, 50, 60, 70]
+
+
+def test_a_checkpoint_is_late_by_the_clock(tmp_path):
+  now = [0.0]
+  settings = CheckpointConfig(every_steps=1000, every_minutes=20)
+  saver = checkpoints.Checkpointer(tmp_path, settings, clock=lambda: now[0])
+  now[0] = 1199
+  assert not saver.late()
+  now[0] = 1200
+  assert saver.late() and not saver.due(7)
+  save(saver, 7)
+  assert not saver.late()
+  now[0] = 2399
+  assert not saver.late()
+  now[0] = 2400
+  assert saver.late()
+  saver.close()
+  never = CheckpointConfig(every_minutes=None)
+  saver = checkpoints.Checkpointer(tmp_path, never, clock=lambda: now[0])
+  now[0] = 1e9
+  assert not saver.late()
+  saver.close()
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+  """This process as the first of two; yields what the other one reports."""
+  other = np.zeros(501, np.uint8)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: x)
+  monkeypatch.setattr(
+    multihost_utils, "process_allgather", lambda x: np.stack([x, other])
+  )
+  return other
+
+
+def test_step_0_is_chosen_by_several_processes_too(tmp_path, two_processes):
+  assert checkpoints.choose(tmp_path, print) is None
+  step = tmp_path / "checkpoints" / "0" / "params"
+  step.mkdir(parents=True)
+  (step / "a").write_text("x")
+  manifest.write(step.parent)
+  assert checkpoints.choose(tmp_path, print) == 0
+
+
+def report(other, status: int, message: bytes) -> None:
+  other[0] = status
+  other[1 : 1 + len(message)] = list(message)
+
+
+@pytest.mark.parametrize(
+  ("mine", "others", "status", "said"),
+  [
+    (None, 1, 1, "process 1: the disk"),
+    (None, 2, 2, "process 1: the disk"),
+    (OSError("net"), 0, 1, "net"),
+    (ValueError("flag"), 0, 2, "flag"),
+    (ValueError("flag"), 2, 2, "flag"),
+    (ValueError("flag"), 1, 1, "flag"),
+    (OSError("net"), 2, 1, "net"),
+  ],
+)
+def test_processes_fail_alike(two_processes, mine, others, status, said):
+  if others:
+    report(two_processes, others, b"the disk")
+  with pytest.raises((Failure, OSError, ValueError)) as caught:
+    with together.all_or_none():
+      if mine is not None:
+        raise mine
+  from aunet_jax.terminal import status_of
+
+  assert status_of(caught.value) == status
+  assert said in str(caught.value)
+
+
+def test_processes_without_failure_go_on(two_processes):
+  with together.all_or_none():
+    pass
+  with pytest.raises(KeyError), together.all_or_none():
+    raise KeyError  # a defect of ours keeps its traceback
