@@ -305,7 +305,7 @@ def test_a_mixture_resumes_at_other_processes(tmp_path):
   ("items", "message"),
   [
     (["a", {"path": "b", "weight": 1}], "must be of the form"),
-    ([{"path": "b", "wieght": 1}], "must be of the form"),
+    ([{"path": "b", "wieght": 1}], "must be a path, or a list"),
     ([{"path": "b", "weight": 0}], "must be > 0"),
   ],
 )

@@ -130,7 +130,7 @@ def test_a_sharded_model_writes_the_same():
   expected = generator().generate(prompts, max_bytes=16)
   rows = sharded.generate(prompts, max_bytes=16)
   assert [row.data for row in rows] == [row.data for row in expected]
-  spread = sharded.weights["deepest"][0]["gate_up"]
+  spread = sharded.weights["deepest"][0]["ffn"]["gate_up"]
   assert not spread.sharding.is_fully_replicated
 
 

@@ -95,6 +95,7 @@ def test_muon_turns_every_matrix_of_a_stack_by_itself():
   assert 0.1 < rms < 0.3
 
 
+@pytest.mark.slow  # Newton-Schulz of many shapes takes long to compile
 def test_muon_gives_the_same_losses_on_a_mesh():
   config = tiny("--config.optimizer.name=muon")
   tx = optimizer.make_optimizer(config)
@@ -126,6 +127,7 @@ def test_muon_gives_the_same_losses_on_a_mesh():
   assert losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.slow  # as above
 def test_a_run_with_muon_resumes_bit_for_bit(tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   (tmp_path / "text.txt").write_text("the cat sat on the mat, again. " * 300)

@@ -634,13 +634,13 @@ def test_an_empty_data_path_is_an_error(tmp_path, capsys):
   assert "empty" in capsys.readouterr().err
 
 
-def test_bytes_that_are_not_utf8_train(tmp_path):
+def test_bytes_that_are_no_text_train_where_one_insists(tmp_path):
   (tmp_path / "noise").mkdir()
   noise = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8)
   (tmp_path / "noise" / "a.bin").write_bytes(noise.tobytes())
   assert (
     run(
-      tmp_path / "noise",
+      f"text:{tmp_path / 'noise'}",
       tmp_path / "run",
       "--config.train.num_steps=3",
       "--config.data.heldout_fraction=0",
