@@ -247,6 +247,7 @@ watch_steps() {
   ((HANG_SECONDS > 0)) || return 0
   while :; do
     pause "$POLL_SECONDS"
+    kill -0 $$ 2>/dev/null || return 0 # the launcher was killed
     now=$(newest_step)
     if [[ $now != "$seen" ]]; then
       seen=$now since=$SECONDS

@@ -568,6 +568,11 @@ def test_a_workdir_has_one_launcher(world):
   assert second.returncode == 2 and "another launcher" in second.stderr
   first.kill()  # the trainer lives on, so the workdir stays taken
   first.wait(timeout=30)
+  end = time.monotonic() + 30
+  with pytest.raises(ProcessLookupError):  # nothing goes on watching it
+    while time.monotonic() < end:
+      os.killpg(first.pid, 0)
+      time.sleep(0.05)
   assert world.run("local.sh").returncode == 2
   assert len(world.starts()) == 1
 
