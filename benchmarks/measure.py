@@ -14,7 +14,7 @@ import numpy as np
 
 
 def compared_with(package: str):
-  """A package whose speed ours stands beside.
+  """A package whose speed ours is compared with.
 
   Raises:
     SystemExit: it is not installed.

@@ -3,7 +3,7 @@
   python -m benchmarks.page
 
 Reads `benchmarks/results/*.json` and `*.jsonl`; a file whose results it does
-not know is listed by name and command. Every figure stands beside the file,
+not know is listed by name and command. Every figure comes with the file,
 device and command it comes from.
 """
 

@@ -100,7 +100,7 @@ class Loader:
     return packing.widen(next(self._iterator))
 
   def get_state(self) -> dict:
-    """Where the stream stands: the same on all processes, JSON values only."""
+    """Where the stream is: the same on all processes, JSON values only."""
     state = self._iterator.get_state()
     return {**self._identity, "next_row": int(state["global_next_index"])}
 

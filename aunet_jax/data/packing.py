@@ -308,7 +308,7 @@ def fill_row(
   """The arrays of one row.
 
   Args:
-    pieces: what stands in the row, in order.
+    pieces: what the row holds, in order.
     units: of every piece, the bytes of its document from `start_to_read` to
       `stop`, less what lies past the document's end, as uint8; or the tokens.
     splitter: the one the row was packed with.

@@ -16,7 +16,7 @@ def contexts(
 ) -> tuple[np.ndarray, np.ndarray]:
   """The last three text bytes at every position, and where they are known.
 
-  Returns: int32 (B, L), 0 for what stands before the text; bool (B, L), text
+  Returns: int32 (B, L), 0 for what comes before the text; bool (B, L), text
     positions, but for the first two of a document's rest that continues from
     the row before.
   """

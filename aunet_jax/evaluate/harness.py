@@ -72,7 +72,7 @@ class HarnessModel(LM):
   ):
     """Args: loaded: as `aunet_jax.load` gives it, of a model of bytes.
 
-    write: writes text; the generator, or what stands in for it.
+    write: writes text; the generator, or what replaces it in a test.
     """
     super().__init__()
     self._loaded, self._mesh, self._write = loaded, mesh, write
