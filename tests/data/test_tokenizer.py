@@ -256,6 +256,9 @@ def test_bits_per_byte_are_nats_of_tokens_and_eos_over_bytes_of_text(
   assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
   heldout = [r for r in rows_of(workdir) if "heldout_bits_per_byte" in r]
   assert heldout[-1]["heldout_bytes"] == num_bytes
+  assert heldout[-1]["heldout_bits_per_byte"] == pytest.approx(
+    result["bits_per_byte"], rel=1e-5
+  )
 
 
 def test_an_epoch_logs_exactly_the_bytes_of_the_text(texts, file, tmp_path):
