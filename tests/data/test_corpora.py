@@ -1,211 +1,26 @@
-"""The cache of indexes: which one is opened, and when one is built."""
+"""Corpora: which documents they hold, and what is said of the others."""
 
-import dataclasses
 import json
 import os
-import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_splitter import SpaceSplitter
+from toy_corpora import (
+  CAPACITIES,
+  SPLITTER,
+  different,
+  open_corpora,
+  open_texts,
+  texts,
+  write,
+)
 
 from aunet_jax import config
-from aunet_jax.data import corpora, store
-
-SPLITTER = SpaceSplitter()
-CAPACITIES = (24, 8, 4)
-
-
-def write(path, texts):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  lines = [json.dumps({"text": text}) for text in texts]
-  path.write_text("\n".join(lines))
-  return str(path)
-
-
-def texts(count, word="x"):
-  return [f"{word} {number}" * (1 + number % 5) for number in range(count)]
-
-
-def open_corpora(tmp_path, train, lines=None, begun=(None, None), **settings):
-  cfg = config.DataConfig(train=train, **{"heldout_fraction": 0.0, **settings})
-  log = [].append if lines is None else lines.append
-  return corpora.open_corpora(
-    cfg, SPLITTER, CAPACITIES, tmp_path / "cache", log, *begun
-  )
-
-
-def indexes(tmp_path):
-  return sorted((tmp_path / "cache").glob("*/index.json"))
-
-
-# ----- what an index depends on ---------------------------------------------
-
-
-class Named:
-  def __init__(self, name):
-    self.hash = name
-
-
-def test_every_field_of_a_recipe_makes_another_index():
-  recipe = corpora.Recipe(paths="a", splitter=SPLITTER, capacities=(8, 4, 2))
-  others = {
-    "paths": ("a", "b"),
-    "splitter": Named("another"),
-    "capacities": (8, 4, 1),
-    "tokenizer": Named("tokens"),
-    "text_field": "content",
-    "separator": "line",
-    "heldout_fraction": 0.5,
-    "max_skip_fraction": 0.5,
-    "keep_documents": True,
-  }
-  fields = {field.name for field in dataclasses.fields(recipe)}
-  assert fields - {"purpose"} == set(others)
-  keys = {
-    dataclasses.replace(recipe, **{name: value}).key
-    for name, value in others.items()
-  }
-  assert len(keys | {recipe.key}) == len(others) + 1
-  assert dataclasses.replace(recipe, purpose="to read").key == recipe.key
-
-
-def test_another_text_field_is_another_corpus(tmp_path):
-  path = tmp_path / "a.jsonl"
-  path.write_text(json.dumps({"text": "one", "body": "another"}))
-  first, _ = open_corpora(tmp_path, str(path))
-  second, _ = open_corpora(tmp_path, str(path), text_field="body")
-  assert [t for _, t in first.documents()] == [b"one"]
-  assert [t for _, t in second.documents()] == [b"another"]
-
-
-def test_a_separator_cuts_text_files_and_makes_another_corpus(tmp_path):
-  path = tmp_path / "a.txt"
-  path.write_text("one\n\ntwo\n")
-  first, _ = open_corpora(tmp_path, str(path))
-  second, _ = open_corpora(tmp_path, str(path), separator="blank_line")
-  assert [t for _, t in first.documents()] == [b"one\n\ntwo\n"]
-  assert [t for _, t in second.documents()] == [b"one", b"two"]
-  os.utime(path, (1, 1))  # the same text is compared with the same separator
-  again, _ = open_corpora(tmp_path, str(path), separator="blank_line")
-  assert again.fingerprint == second.fingerprint
-  assert len(indexes(tmp_path)) == 2
-
-
-# ----- sources that change --------------------------------------------------
-
-
-def test_touched_sources_are_compared_and_not_indexed_again(tmp_path):
-  path = write(tmp_path / "a.jsonl", texts(20))
-  first, _ = open_corpora(tmp_path, path, heldout_fraction=0.3)
-  os.utime(path, ns=(1, 1))
-  for expected in (["comparing its text"], []):
-    lines = []
-    again, _ = open_corpora(tmp_path, path, lines, heldout_fraction=0.3)
-    assert again.fingerprint == first.fingerprint
-    assert len(indexes(tmp_path)) == 1
-    assert not any("indexing" in line for line in lines)
-    for part in expected:
-      assert any(part in line for line in lines)
-
-
-def test_text_of_the_same_size_is_another_corpus(tmp_path):
-  path = write(tmp_path / "a.jsonl", texts(20, "x"))
-  first, _ = open_corpora(tmp_path, path)
-  write(tmp_path / "a.jsonl", texts(20, "y"))
-  os.utime(path, ns=(1, 1))
-  second, _ = open_corpora(tmp_path, path)
-  assert second.fingerprint != first.fingerprint
-  assert next(second.documents())[1] == b"y 0"
-
-
-def test_sources_that_are_gone_leave_their_index(tmp_path):
-  path = write(tmp_path / "a.jsonl", texts(20))
-  held = write(tmp_path / "held.jsonl", texts(5, "held"))
-  first, heldout = open_corpora(tmp_path, path, heldout=held)
-  os.unlink(path)
-  os.unlink(held)
-  lines = []
-  again, same = open_corpora(tmp_path, path, lines, heldout=held)
-  assert again.fingerprint == first.fingerprint
-  assert same.fingerprint == heldout.fingerprint
-  assert any("matches no file" in line and "index" in line for line in lines)
-  with pytest.raises(ValueError, match="matches no file"):  # no index of these
-    open_corpora(tmp_path, path, text_field="other")
-
-
-@pytest.mark.parametrize("mixture", [False, True])
-def test_a_run_goes_on_with_the_index_it_began_with(tmp_path, mixture):
-  one = write(tmp_path / "one.jsonl", texts(20, "one"))
-  two = write(tmp_path / "two.jsonl", texts(30, "two"))
-  held = write(tmp_path / "held.jsonl", texts(5, "held"))
-  train = one
-  if mixture:
-    train = [{"path": one, "weight": 1}, {"path": two, "weight": 2}]
-  first, heldout = open_corpora(tmp_path, train, heldout=held)
-  begun = (first.fingerprint, heldout.fingerprint)
-  for change in (
-    lambda: write(tmp_path / "one.jsonl", texts(25, "three")),
-    lambda: write(tmp_path / "held.jsonl", texts(9, "three")),
-    lambda: os.unlink(one),
-  ):
-    change()
-    lines = []
-    again, same = open_corpora(tmp_path, train, lines, begun, heldout=held)
-    assert (again.fingerprint, same.fingerprint) == begun
-    assert not any("indexing" in line for line in lines)
-  write(tmp_path / "one.jsonl", texts(25, "three"))
-  new, _ = open_corpora(tmp_path, train, heldout=held)  # another run
-  assert new.fingerprint != first.fingerprint
-
-
-def test_a_run_goes_on_with_an_index_of_the_format_before(tmp_path):
-  path = write(tmp_path / "a.jsonl", texts(20))
-  first, _ = open_corpora(tmp_path, path)
-  documents = list(first.documents())
-  (index,) = indexes(tmp_path)
-  directory = index.parent
-  summary = store.read_json(directory / "train" / "summary.json")
-  summary = {
-    name: value
-    for name, value in summary.items()
-    if name not in ("files", "content", "checksum_of_checksums")
-  }
-  summary |= {"format": 2, "fingerprint": "as it was"}
-  (directory / "train" / "summary.json").write_text(json.dumps(summary))
-  (directory / "train" / "checksums.bin").unlink()
-  (directory / "train" / "digests.bin").unlink()
-  index.unlink()
-  (directory / "skipped_counts.json").write_text('{"empty": 2}')
-  directory.rename(tmp_path / "cache" / "0123456789abcdef")
-  fingerprint = corpora.Corpus(
-    (store.Store(tmp_path / "cache/0123456789abcdef/train", SPLITTER),),
-    None,
-    {},
-  ).fingerprint
-  lines = []
-  again, _ = open_corpora(tmp_path, path, lines, (fingerprint, None))
-  assert again.fingerprint == fingerprint
-  assert again.skipped == {"empty": 2}
-  assert list(again.documents()) == documents
-  assert not any("indexing" in line for line in lines)
-  new, _ = open_corpora(tmp_path, path, lines)  # another run
-  assert any("indexing" in line for line in lines)
-  assert new.fingerprint == first.fingerprint
-
-
-def test_a_damaged_index_file_says_what_to_do(tmp_path):
-  path = write(tmp_path / "a.jsonl", texts(20))
-  open_corpora(tmp_path, path)
-  (index,) = indexes(tmp_path)
-  good = index.read_text()
-  for content in ("", "[]", good[:-9], good.replace('"skipped": {}', '"s": 1')):
-    index.write_text(content)
-    with pytest.raises(ValueError, match="delete that directory to rebuild"):
-      open_corpora(tmp_path, path)
-  shutil.rmtree(index.parent)
-  open_corpora(tmp_path, path)
-
+from aunet_jax.data import corpora
 
 # ----- held-out text --------------------------------------------------------
 
@@ -255,3 +70,130 @@ def test_heldout_documents_that_fit_a_row_are_in_one_piece(tmp_path):
       for piece in corpus.stores[0].pieces(index):
         pieces[piece.document] += 1
     assert [count > 1 for count in pieces] == cut
+
+
+@pytest.mark.parametrize(
+  ("items", "message"),
+  [
+    (["a", {"path": "b", "weight": 1}], "must be of the form"),
+    ([{"path": "b", "wieght": 1}], "must be a path, or a list"),
+    ([{"path": "b", "weight": 0}], "must be > 0"),
+  ],
+)
+def test_a_wrong_mixture_says_so(tmp_path, items, message):
+  with pytest.raises(ValueError, match=message):
+    open_corpora(tmp_path, items)
+
+
+def test_heldout_depends_on_the_text_alone(tmp_path):
+  texts = different(300)
+  train, heldout = open_texts(tmp_path / "a", texts, heldout_fraction=0.2)
+  again, same = open_texts(tmp_path / "b", texts[::-1], heldout_fraction=0.2)
+  held = {text for _, text in heldout.documents()}
+  assert held == {text for _, text in same.documents()}
+  kept = {text for _, text in train.documents()}
+  assert not held & kept
+  assert held | kept == {text.encode() for text in texts}
+  assert 0.1 < len(held) / len(texts) < 0.3
+
+
+def test_named_heldout_leaves_training_whole(tmp_path):
+  path = write(tmp_path / "other.jsonl", ["held out"])
+  train, heldout = open_texts(
+    tmp_path, different(20), heldout=path, heldout_fraction=0.5
+  )
+  assert train.num_documents == 20
+  assert [text for _, text in heldout.documents()] == [b"held out"]
+
+
+# ----- bad data -------------------------------------------------------------
+
+
+def test_bad_records_are_counted_and_named(tmp_path):
+  path = write(tmp_path / "texts.jsonl", different(300))
+  with open(path, "a") as file:
+    file.write('\n{"text": null}\n{"txet": "a"}\n{"text": ""}\n')
+  lines = []
+  corpus, _ = open_corpora(tmp_path, path, lines)
+  expected = {"null text": 1, "no text field": 1, "empty": 1}
+  assert corpus.skipped == expected
+  assert corpus.num_documents == 300
+  assert any(f"{path}:301: null text" in line for line in lines)
+  assert any(f"{path}:302: no text field" in line for line in lines)
+  again, _ = open_corpora(tmp_path, path)
+  assert again.skipped == expected  # from the cache, too
+
+
+@pytest.mark.parametrize("num_good", [20, 2000])
+def test_too_many_bad_records_stop_the_run(tmp_path, num_good):
+  path = write(tmp_path / "texts.jsonl", different(num_good))
+  with open(path, "a") as file:
+    file.write("\nnot JSON" * (num_good // 50 + 1))
+  with pytest.raises(ValueError, match="data.max_skip_fraction=0.01") as error:
+    open_corpora(tmp_path, train=path)
+  assert f"{path}:{num_good + 1}: malformed JSON" in str(error.value)
+
+
+def test_all_data_held_out_says_what_to_do(tmp_path):
+  with pytest.raises(ValueError, match="data.heldout_fraction=0"):
+    open_texts(tmp_path, ["one"], heldout_fraction=0.999999)
+
+
+def test_the_python_corpus_is_there(tmp_path):
+  train, heldout = corpora.open_corpora(
+    config.DataConfig(), SPLITTER, (2048, 512, 128), tmp_path, [].append
+  )
+  assert train.num_bytes > 5_000_000
+  assert 0 < heldout.num_bytes < 0.2 * train.num_bytes
+  names = [name for name, _ in train.documents()]
+  assert any(name.endswith("topics.py") for name in names)
+  parts = {part for name in names for part in name.split("/")}
+  assert not parts & {"site-packages", "test", "tests", "encodings"}
+
+
+# ----- size -----------------------------------------------------------------
+
+LARGE = textwrap.dedent("""
+  import json, sys
+  from aunet_jax import config
+  from aunet_jax.data import corpora
+  from aunet_jax.splitting import Splitter
+
+  cfg = config.DataConfig(train=sys.argv[1], heldout_fraction=0.0)
+  corpus, _ = corpora.open_corpora(
+    cfg, Splitter(["word@1"]), (8192, 1700), sys.argv[2], print
+  )
+  # Not ru_maxrss, which keeps what the parent held when it started this.
+  status = open('/proc/self/status').read()
+  rss = int(status.split('VmHWM:')[1].split()[0])
+  print(json.dumps([corpus.num_bytes, corpus.num_cuts, corpus.fill[1], rss]))
+""")
+
+
+@pytest.mark.slow  # it writes 400 MB
+def test_a_document_of_200_mb(tmp_path):
+  line = b"A line of plain text, one of very many, number %09d.\n"
+  with open(tmp_path / "large.txt", "wb") as file:
+    for block in range(400):
+      numbers = range(block * 10_000, (block + 1) * 10_000)
+      file.write(b"".join(line % number for number in numbers))
+  (tmp_path / "small.txt").write_text("a small one")
+  size = (tmp_path / "large.txt").stat().st_size
+  assert size > 200_000_000
+  result = subprocess.run(
+    [sys.executable, "-c", LARGE, f"{tmp_path}/*.txt", tmp_path / "cache"],
+    capture_output=True,
+    text=True,
+    check=True,
+    env={
+      **os.environ,
+      "PYTHONPATH": str(Path(__file__).parents[2]),
+      "JAX_PLATFORMS": "cpu",
+    },
+  )
+  num_bytes, num_cuts, fill, kilobytes = json.loads(
+    result.stdout.splitlines()[-1]
+  )
+  assert num_bytes == size + 11
+  assert num_cuts > 0 and fill > 0.97
+  assert kilobytes * 1024 < 4 * size  # the text, and what importing takes
