@@ -278,6 +278,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+  # A workdir whose newest parameters the run begins with; None = random ones.
+  init_from: str | None = None
   num_steps: int = 1000
   batch_size: int = 8  # rows of a step, over all devices
   grad_accumulation: int = 1  # microbatches a step is computed in

@@ -1,6 +1,5 @@
 """Everything before the first step: config, data, checkpoint, log."""
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from aunet_jax.workdir import (
   checkpoints,
   layout,
   load,
+  origin,
   tables,
   together,
 )
@@ -145,17 +145,24 @@ def restore(
   saver: checkpoints.Checkpointer,
   step: int | None,
   host: dict,
+  begins_with: origin.Origin | None = None,
 ) -> Restored:
   """The state of a checkpoint, or a new one.
 
-  Args: step, host: the checkpoint's; None and {} where there is none.
+  Args:
+    step, host: the checkpoint's; None and {} where there is none.
+    begins_with: the model that a new state takes; None = a random one.
   Raises: CheckpointError where it cannot be read.
   """
-  if step is None:
+  if step is None and begins_with is None:
     fresh = state.create_state(config.model, tx, mesh, config.seed)
     return Restored(fresh, None, None)
   abstract, shardings = state.abstract_state(config.model, tx, mesh)
   targets = sharding.placed(abstract, shardings).items()
+  if step is None:
+    params = origin.read_params(begins_with, targets["params"])
+    fresh = state.with_params(params, config.model, tx, mesh)
+    return Restored(fresh, None, None)
   if layout.is_converted(host):  # a model alone: its training is new
     params = saver.restore(step, {"params": targets["params"]})["params"]
     fresh = state.with_params(params, config.model, tx, mesh)
@@ -228,7 +235,8 @@ def set_up(
 
   Order of a resume: 1. the newest undamaged checkpoint is chosen; 2. the config
   is compared with the workdir's; 3. the data opens; 4. the checkpoint's
-  splitting tables, tokenizer and data are compared; 5. it is restored; 6. the
+  splitting tables, tokenizer and data are compared; 5. it is restored (of a run
+  without a checkpoint, `train.init_from` or random parameters); 6. the
   data iterator is set; 7. config.json is written; 8. the log loses its rows
   past the restored step.
 
@@ -260,6 +268,14 @@ def set_up(
     if newest is not None and not layout.is_converted(host):
       old = layout.read_config(workdir)
     check_workdir(workdir, config, None if newest is None else host, say)
+    begins_with = None
+    if config.train.init_from is not None and layout.is_converted(host):
+      if newest is not None:
+        raise ValueError(
+          f"{workdir} holds a converted model already; leave out "
+          f"train.init_from to train it, or name another --workdir."
+        )
+      begins_with = origin.find(workdir, config, splitter, tokenizer)
     cache = config.data.cache_dir
     corpus, heldout = open_corpora(
       config.data,
@@ -283,7 +299,13 @@ def set_up(
       check_identity(host, config, workdir, splitter, tokenizer, corpus)
 
   saver = checkpoints.Checkpointer(workdir, config.checkpoint)
-  restored = restore(config, tx, mesh, saver, newest, host)
+  restored = restore(config, tx, mesh, saver, newest, host, begins_with)
+  if begins_with is not None:
+    params_hash = origin.params_hash(restored.train_state.params)
+    say(
+      f"parameters of {begins_with.workdir}, checkpoint {begins_with.step} "
+      f"(hash {params_hash}); the rest is new"
+    )
   step = int(restored.train_state.step)
   with together.all_or_none():
     updates = step - int(restored.train_state.nonfinite_total)
@@ -294,6 +316,8 @@ def set_up(
     interval = metrics.Interval(restored.interval)
     if is_main:
       layout.write_config(workdir, config)
+      if begins_with is not None:
+        origin.keep(workdir, begins_with, params_hash)
       tables.keep(workdir, config.model.rules)
       if tokenizer is not None:
         content = Path(tokenizer.path).read_bytes()
@@ -326,23 +350,12 @@ def set_up(
 # ----- config.json ----------------------------------------------------------
 
 
-def _flatten(value, path="") -> dict[str, object]:
-  if isinstance(value, dict):
-    items = [(f"{path}.{key}" if path else key, v) for key, v in value.items()]
-  elif isinstance(value, list | tuple) and "stages" in path:
-    items = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
-  else:
-    return {path: list(value) if isinstance(value, tuple) else value}
-  return {k: v for key, item in items for k, v in _flatten(item, key).items()}
-
-
 def changed_fields(old: Config, new: Config) -> tuple[list[str], list[str]]:
   """Differences that forbid continuing a run, and those that are allowed.
 
   Returns: two lists of lines such as "seed: 0 -> 1".
   """
-  before = _flatten(dataclasses.asdict(old))
-  after = _flatten(dataclasses.asdict(new))
+  before, after = map(layout.flat_fields, (old, new))
   forbidden, allowed = [], []
   for field in sorted(before.keys() | after.keys()):
     a, b = before.get(field), after.get(field)

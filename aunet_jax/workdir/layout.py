@@ -1,6 +1,7 @@
 """Names of what a run leaves in its workdir, and reading the small files."""
 
 import contextlib
+import dataclasses
 import json
 import types
 import typing
@@ -161,6 +162,22 @@ def read_config(workdir: str | Path) -> Config:
     return config_lib.from_json(path.read_text())
   except ValueError as error:
     raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def flat_fields(value, path: str = "") -> dict[str, object]:
+  """Every setting of a Config, or of a part of one, by its full name.
+
+  As {"seed": 0, "model.stages[1].dim": 64, …}.
+  """
+  if dataclasses.is_dataclass(value):
+    value = dataclasses.asdict(value)
+  if isinstance(value, dict):
+    items = [(f"{path}.{key}" if path else key, v) for key, v in value.items()]
+  elif isinstance(value, list | tuple) and "stages" in path:
+    items = [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+  else:
+    return {path: list(value) if isinstance(value, tuple) else value}
+  return {k: v for key, one in items for k, v in flat_fields(one, key).items()}
 
 
 def drop_rows_after(path: Path, step: int) -> None:
