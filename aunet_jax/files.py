@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,24 @@ from typing import BinaryIO
 from aunet_jax.terminal import Failure
 
 LOCKS = "AUNET_JAX_LOCKS"  # environment variable; "none" takes no locks
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}[^/]")
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def local(path: str | os.PathLike, setting: str) -> Path:
+  """The path, where it is one of a directory of this machine.
+
+  Args: setting: what names it, as "--workdir", for the message.
+  Raises: ValueError for a URL: as a path it would be a folder named "gs:".
+  """
+  if found := _URL.match(str(path)):
+    raise ValueError(
+      f"{setting}={path} is a URL, and nothing can be kept there: files are "
+      f"appended to, locked and renamed. Name a directory; a bucket can be "
+      f"mounted as one ({'gcsfuse' if found[1] == 'gs' else 'as a file system'}"
+      f")."
+    )
+  return Path(path)
 
 
 class LockError(Failure):

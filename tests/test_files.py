@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import pathlib
 import stat
 
 import pytest
@@ -83,3 +84,16 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, monkeypatch):
     files.write_whole(path, b"new")
   assert path.read_text(encoding="utf-8") == "old é"
   assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+  "url", ["gs://bucket/run", "s3://bucket/run", "memory://run", "gs:/bucket"]
+)
+def test_a_url_is_never_a_local_folder(url):
+  with pytest.raises(ValueError, match=f"--workdir={url} is a URL"):
+    files.local(url, "--workdir")
+
+
+@pytest.mark.parametrize("path", ["runs/demo", "/data/a:b", "a:b/c", ""])
+def test_other_paths_are_what_they_are(path):
+  assert files.local(path, "--workdir") == pathlib.Path(path)

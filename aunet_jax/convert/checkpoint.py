@@ -84,7 +84,7 @@ def from_lingua(
 
   Raises: ValueError naming what is wrong, before anything is written.
   """
-  source, workdir = Path(source), Path(workdir)
+  source, workdir = Path(source), files.local(workdir, "--workdir")
   if (workdir / layout.CONFIG_FILE).exists():
     raise ValueError(f"{workdir} holds a model already; choose another.")
   if source.is_dir():

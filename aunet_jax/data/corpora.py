@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from aunet_jax import config
+from aunet_jax import config, files
 from aunet_jax.data import indexes, packing, store
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
@@ -172,7 +172,7 @@ def open_corpora(
   """
   packing.check_capacities(capacities, splitter)
   groups, weights = _mixture(cfg.train)
-  cache_dir = pathlib.Path(cache_dir)
+  cache_dir = files.local(cache_dir, "data.cache_dir")
   recipe = indexes.Recipe(
     paths=(),
     splitter=splitter,
@@ -258,7 +258,8 @@ def open_text(
     keep_documents=True,
     purpose="to evaluate",
   )
-  path = indexes.find_or_build(recipe, pathlib.Path(cache_dir), log)
+  cache = files.local(cache_dir, "data.cache_dir")
+  path = indexes.find_or_build(recipe, cache, log)
   index = indexes.opened(path, splitter)
   corpus = Corpus((index.train,), None, dict(index.skipped))
   _report("text", corpus, log)

@@ -12,13 +12,12 @@ import logging
 import signal
 import statistics
 import sys
-from pathlib import Path
 
 import absl.logging
 import jax
 
 from aunet_jax import config as config_lib
-from aunet_jax import terminal
+from aunet_jax import files, terminal
 from aunet_jax.aunet import devices
 from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.generate.generator import Generator
@@ -170,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
   args, overrides = parser.parse_known_args(argv)
   if not args.workdir:
     raise ValueError("--workdir is empty; name a directory.")
-  workdir = Path(args.workdir)
+  workdir = files.local(args.workdir, "--workdir")
   profile = parse_steps(args.profile)
   alone = args.coordinator is None and not args.multihost
   with contextlib.ExitStack() as open_things:

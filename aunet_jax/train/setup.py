@@ -281,7 +281,7 @@ def set_up(
       config.data,
       splitter,
       config.model.capacities,
-      cache_dir=workdir / "data" if cache is None else Path(cache),
+      cache_dir=workdir / "data" if cache is None else cache,
       log=say,
       begun_with=host.get("data_fingerprint"),
       begun_with_heldout=host.get("heldout_fingerprint"),

@@ -144,14 +144,16 @@ def unreadable(folder: Path, reason) -> CheckpointError:
 
 
 def write_config(workdir: str | Path, config: Config) -> None:
-  workdir = Path(workdir)
+  workdir = files.local(workdir, "--workdir")
   workdir.mkdir(parents=True, exist_ok=True)
   files.write_whole(workdir / CONFIG_FILE, config.to_json() + "\n")
 
 
 def read_config(workdir: str | Path) -> Config:
-  """Raises: CheckpointError where the workdir is missing or not ours."""
-  path = Path(workdir) / CONFIG_FILE
+  """Raises: CheckpointError where the workdir is missing or not ours,
+  ValueError where it is a URL.
+  """
+  path = files.local(workdir, "--workdir") / CONFIG_FILE
   if not Path(workdir).is_dir():
     raise CheckpointError(f"no such workdir: {workdir}")
   if not path.is_file():

@@ -714,3 +714,18 @@ def test_a_row_that_cannot_be_written_names_its_file(tmp_path):
   with pytest.raises(OSError, match="No space left.*metrics.jsonl"):
     log.row({"step": 1})
   log.close()
+
+
+@pytest.mark.parametrize("flag", ["--workdir", "--config.data.cache_dir"])
+def test_a_url_to_write_to_is_refused_at_the_start(
+  flag, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  flags = {"--workdir": str(tmp_path / "run"), flag: "s3://bucket/run"}
+  config = f"--config={ROOT / 'tests' / 'tiny.py'}"
+  status = train_main.main([config, *(f"{k}={v}" for k, v in flags.items())])
+  assert status == 2
+  assert f"{flag[2:].removeprefix('config.')}=s3://bucket/run is a URL" in (
+    capsys.readouterr().err
+  )
+  assert not (tmp_path / "s3:").exists()
