@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 
 BOS = 256  # first input of every document; never a target
 EOS = 257  # last target of every document; never an input
+# Bytes from this one on are in no UTF-8 text; of conversations they are marks.
+FIRST_MARK = 0xF8
 VOCAB_SIZE = 258  # as the official code (facebookresearch/lingua, apps/aunet)
 UPSAMPLINGS = ("multi_linear", "repeat", "simple")
 REMATS = ("none", "dots", "full")
@@ -19,6 +21,7 @@ ATTENTIONS = ("auto", "xla", "splash", "triton")
 SCHEDULES = ("cosine", "wsd", "constant")
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("float32", "bfloat16")
+FORMATS = ("text", "completion", "chat")
 LARGEST = 2**62  # no setting is above; past it numbers overflow
 
 
@@ -251,6 +254,12 @@ class DataConfig:
   heldout: typing.Any = None  # as train; None: a share of train's documents
   heldout_fraction: float = 0.02  # of documents, by a stable hash of the text
   text_field: str = "text"  # of JSONL objects and table rows; "a.b" goes inside
+  # What a record is: a text, a prompt with its completion, or the messages of
+  # a conversation. Of those two only answers are learned (docs/finetuning.md).
+  format: str = "text"
+  prompt_field: str = "prompt"  # of completion
+  completion_field: str = "completion"
+  messages_field: str = "messages"  # of chat
   # Between the documents of a text file: "line", "blank_line" or any string;
   # None = a file is one document.
   separator: str | None = None
@@ -272,6 +281,19 @@ class DataConfig:
       raise ValueError(
         'data.separator="" cannot separate; give a string, or leave it out.'
       )
+    _check_choice("data.format", self.format, FORMATS)
+    if self.format != "text":
+      for name in ("separator", "tokenizer"):
+        if getattr(self, name) is not None:
+          raise ValueError(
+            f"data.{name}={getattr(self, name)!r} is for data.format='text', "
+            f"not {self.format!r}; leave it out."
+          )
+      if self.train == "python":
+        raise ValueError(
+          f"data.format={self.format!r} needs data.train: the path of JSON "
+          f"lines."
+        )
     _check_range("data.num_workers", self.num_workers, 0)
     _check_range("data.max_skip_fraction", self.max_skip_fraction, 0, 1)
 
@@ -411,6 +433,7 @@ class Config:
         f"train.sample_prompt={shown(self.train.sample_prompt)} is not text."
       ) from None
     longest = self.model.capacities[0] - 2  # BOS is before it, a byte after it
+    longest -= 2 * self.has_roles  # two marks
     if length > longest:
       raise ValueError(
         f"train.sample_prompt has {length} bytes; this model's rows leave room "
@@ -421,6 +444,11 @@ class Config:
         f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be less "
         f"than train.num_steps={self.train.num_steps}."
       )
+
+  @property
+  def has_roles(self) -> bool:
+    """Whether bytes from FIRST_MARK on mark who speaks."""
+    return self.data.format != "text"
 
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2)

@@ -144,7 +144,7 @@ def compile_train(config: Config, mesh):
   batch = packing.abstract_batch(
     config.train.batch_size,
     config.model.capacities[0],
-    reads_tokens=config.data.tokenizer is not None,
+    sizes_targets=step.sizes_targets(config),
     sharding=sharding.batch_sharding(mesh),
   )
   return _compile(
@@ -157,7 +157,7 @@ def compile_train(config: Config, mesh):
 def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
   """A call of the decoding loop, with `num_bytes` of history in its caches."""
   model = config.model
-  splitter = Splitter(model.rules)
+  splitter = Splitter(model.rules, config.has_roles)
   key = jax.random.key(0)
   boxed = jax.eval_shape(lambda: network.init_params(model, key))
   params = sharding.placed(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from aunet_jax import config, files
-from aunet_jax.data import indexes, packing, store
+from aunet_jax.data import conversations, indexes, packing, store
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
 
@@ -143,6 +143,15 @@ def _report(name: str, corpus: Corpus, log) -> None:
   )
 
 
+def _report_cuts(built: Sequence[indexes.Index], log) -> None:
+  cut = sum((index.cut for index in built), Counter())
+  if cut:
+    log(
+      f"longer than a row: {cut['documents']:,} records lost "
+      f"{cut['bytes']:,} bytes on the left of their prompts"
+    )
+
+
 def open_corpora(
   cfg: config.DataConfig,
   splitter: Splitter,
@@ -182,6 +191,8 @@ def open_corpora(
     separator=cfg.separator,
     max_skip_fraction=cfg.max_skip_fraction,
     heldout_fraction=cfg.heldout_fraction if cfg.heldout is None else 0.0,
+    turns=conversations.make_reader(cfg, splitter, capacities),
+    keep_documents=cfg.format != "text",  # what is learned is told by a whole
   )
 
   def find(recipes, weights, fingerprint):
@@ -207,6 +218,7 @@ def open_corpora(
   stores = tuple(index.train for index in built)
   train = Corpus(stores, weights, dict(skipped))
   _report("train", train, log)
+  _report_cuts(built, log)
   if cfg.heldout is None:
     parts = tuple(i.heldout for i in built if i.heldout is not None)
     if not parts:
@@ -229,6 +241,7 @@ def open_corpora(
       purpose="to hold out (data.heldout)",
     )
     (index,) = find([recipe], None, begun_with_heldout)
+    _report_cuts([index], log)
     heldout = Corpus((index.train,), None, dict(index.skipped))
     _report_overlap(train, heldout, cache_dir, log)
   _report("held out", heldout, log)

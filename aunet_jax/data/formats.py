@@ -258,6 +258,8 @@ _SKIPPERS = {
   "pointer": _read_pointer,
   "binary": _read_binary,
 }
+# Kinds that hold texts, and no records of prompts or messages that are read.
+_OF_TEXT = set(READERS) - {"jsonl", "json", "tar"}
 # What random bytes may be all the same, whatever they look like.
 _MAY_BE_BINARY = ("tar", "parquet", "arrow", "arrayrecord", "archive")
 
@@ -308,6 +310,12 @@ def read(opened: Opened, kind: str, packed: str | None) -> Records:
   elif content.kind == "binary" and kind in _MAY_BE_BINARY:
     content = kinds.Content(kind)
   opened.content = content.name
+  if opened.turns is not None and content.kind in _OF_TEXT:
+    detail = (
+      f"prompts and messages are read from JSON lines, not {content.kind}"
+    )
+    yield Skip(opened.where, "not JSON", detail, opened.size)
+    return
   reader = READERS.get(content.kind) or _SKIPPERS[content.kind]
   num_records = 0
   try:
@@ -329,13 +337,18 @@ def read(opened: Opened, kind: str, packed: str | None) -> Records:
 
 
 def open_source(
-  source: Source, stored: BinaryIO, field: str, separator: str | None
+  source: Source,
+  stored: BinaryIO,
+  field: str,
+  separator: str | None,
+  turns=None,
 ) -> Opened:
   return Opened(
     file=stored,
     where=source.path,
     field=field,
     separator=separator,
+    turns=turns,
     size=source.size,
     position=stored.tell,
     is_remote=source.is_remote,

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from aunet_jax.data import reading, sources, store
+from aunet_jax.data import conversations, reading, sources, store
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.files import locked
 from aunet_jax.splitting.splitter import Splitter
@@ -41,6 +41,7 @@ class Recipe:
   separator: str | None = None
   heldout_fraction: float = 0.0
   max_skip_fraction: float = 0.01
+  turns: conversations.Reader | None = None  # None: records are plain text
   keep_documents: bool = False  # see `packing.Packer`; held-out text always is
   purpose: str = "to train on"  # for messages
 
@@ -52,9 +53,17 @@ class Recipe:
     fields["format"] = store.FORMAT
     fields["paths"] = [_absolute(path) for path in self.items]
     fields["splitter"] = self.splitter.hash
+    del fields["turns"]
+    if self.turns is not None:
+      fields["turns"] = self.turns.identity()
     fields["tokenizer"] = self.tokenizer and self.tokenizer.hash
     text = json.dumps(fields, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+  @property
+  def field(self) -> str:
+    """What a record must have."""
+    return self.text_field if self.turns is None else self.turns.field
 
   @property
   def items(self) -> list[str]:
@@ -121,7 +130,7 @@ def _build(
     train = writer("train", recipe.keep_documents)
     heldout = writer("heldout", True)
     for record in reading.read_all(
-      files, skips, recipe.text_field, tally, log, recipe.separator
+      files, skips, recipe.field, tally, log, recipe.separator, recipe.turns
     ):
       digest = reading.document_digest(record.text)
       held = reading.is_heldout(digest, recipe.heldout_fraction)
@@ -140,6 +149,7 @@ def _build(
       "listing": _listing(files, dates=True),
       "listing_without_dates": _listing(files, dates=False),
       "skipped": dict(tally.counts),
+      "cut": {"documents": tally.cut_documents, "bytes": tally.cut_bytes},
     },
   )
 
@@ -200,15 +210,18 @@ class Index(NamedTuple):
   train: store.Store
   heldout: store.Store | None
   skipped: Counter
+  cut: Counter  # documents that lost the left of a prompt, and the bytes
 
 
 def opened(directory: pathlib.Path, splitter: Splitter) -> Index:
   """Raises: store.DamagedError."""
   heldout = directory / "heldout"
+  said = _read_index(directory)
   return Index(
     store.Store(directory / "train", splitter),
     store.Store(heldout, splitter) if heldout.exists() else None,
-    Counter(_read_index(directory)["skipped"]),
+    Counter(said["skipped"]),
+    Counter(said.get("cut", {})),
   )
 
 
@@ -230,7 +243,7 @@ def _same_text(
   found["heldout"] = found["train"].copy()
   with reading.Tally(os.devnull, recipe.max_skip_fraction, log) as tally:
     for record in reading.read_all(
-      files, skips, recipe.text_field, tally, log, recipe.separator
+      files, skips, recipe.field, tally, log, recipe.separator, recipe.turns
     ):
       digest = reading.document_digest(record.text)
       held = reading.is_heldout(digest, recipe.heldout_fraction)

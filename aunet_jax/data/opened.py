@@ -6,7 +6,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from aunet_jax.data import compression, remote
 from aunet_jax.data.records import Document, Skip
@@ -26,6 +26,7 @@ class Opened:
   separator: str | None  # between the documents of a text file
   size: int  # bytes as stored, or 0
   position: Callable[[], int]  # bytes of those that were read
+  turns: Any = None  # a conversations.Reader; None = records are plain text
   is_remote: bool = False
   is_stored: bool = True  # `file` is the file itself, nothing in or around it
   insisted: bool = False  # the user named the kind

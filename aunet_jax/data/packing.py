@@ -28,6 +28,7 @@ import numpy as np
 
 from aunet_jax import config
 from aunet_jax.compiled import compiled
+from aunet_jax.data import roles
 
 SLACK = 0.03  # a row this near to full closes rather than cut a document
 WINDOW_ROWS = 64  # text the window holds at most, in rows of stage 1
@@ -53,6 +54,11 @@ def _usage(levels, num_stages):
   for level in levels:
     count_S[min(level, num_stages - 1)] += 1
   return np.cumsum(count_S[::-1])[::-1] + 1
+
+
+def slots(text: bytes, splitter, num_stages: int) -> np.ndarray:
+  """Positions of every stage that a document takes in one piece, int64 (S,)."""
+  return _usage(splitter.levels(text), num_stages)
 
 
 @compiled
@@ -269,27 +275,28 @@ class Packer:
 # ----- rows and batches -----------------------------------------------------
 
 
-def field_names(reads_tokens: bool = False) -> tuple[str, ...]:
+def field_names(sizes_targets: bool = False) -> tuple[str, ...]:
   """What a batch holds, each int32 (B, L).
 
   `bytes`: ids read, BOS at document starts. `targets`: ids to predict, EOS at
   document ends. `levels`. `documents`: 1, 2, ... in order; 0 = padding.
-  `weights`: 1 where there is a target; 0 = padding. Of a model of tokens also
-  `target_bytes`: how many bytes of text every target is.
+  `weights`: 1 where there is a target to learn; 0 = padding. With
+  `sizes_targets`, of tokens and of conversations, also `target_bytes`: how many
+  bytes of text every target is.
   """
   names = ("bytes", "targets", "levels", "documents", "weights")
-  return (*names, "target_bytes") if reads_tokens else names
+  return (*names, "target_bytes") if sizes_targets else names
 
 
 def abstract_batch(
-  num_rows: int, length: int, reads_tokens: bool, sharding=None
+  num_rows: int, length: int, sizes_targets: bool, sharding=None
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """The shape of a batch, for programs that are compiled before there is one.
 
   Args: sharding: a jax.sharding.Sharding of every array.
   """
   array = jax.ShapeDtypeStruct((num_rows, length), np.int32, sharding=sharding)
-  return dict.fromkeys(field_names(reads_tokens), array)
+  return dict.fromkeys(field_names(sizes_targets), array)
 
 
 def start_to_read(piece: Piece) -> int:
@@ -324,6 +331,8 @@ def fill_row(
     "levels": np.zeros(length, np.int8),
     "documents": np.zeros(length, np.min_scalar_type(length)),
   }
+  if splitter.has_roles:
+    row["weights"] = np.zeros(length, np.int8)
   at = 0
   for number, (piece, text) in enumerate(
     zip(pieces, units, strict=True), start=1
@@ -342,7 +351,12 @@ def fill_row(
     if splitter.num_levels > 0:
       row["levels"][at + 1 : end], _ = splitter.scan(inside, piece.state)
     row["documents"][at:end] = number
+    if splitter.has_roles:  # pieces are whole documents
+      row["weights"][at:end] = roles.in_answers(row["bytes"][at:end])
     at = end
+  if splitter.has_roles:
+    is_text_L = row["targets"] < config.FIRST_MARK
+    row["target_bytes"] = row["weights"] * is_text_L
   return row
 
 
@@ -352,7 +366,8 @@ def widen(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   Returns: int32 arrays of the same shape; see `field_names`.
   """
   wide = {name: array.astype(np.int32) for name, array in arrays.items()}
-  wide["weights"] = (arrays["documents"] > 0).astype(np.int32)
+  if "weights" not in wide:  # all of a text is learned
+    wide["weights"] = (arrays["documents"] > 0).astype(np.int32)
   return wide
 
 

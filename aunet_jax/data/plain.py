@@ -165,12 +165,18 @@ def field_of(record: Any, where: str, field: str, size: int) -> Document | Skip:
   return text_of(value, where, field, size)
 
 
-def _json(line: bytes, where: str, field: str) -> Document | Skip:
+def _document(record: Any, where: str, opened: Opened, size: int):
+  if opened.turns is not None:
+    return opened.turns.document(record, where, size)
+  return field_of(record, where, opened.field, size)
+
+
+def _json(line: bytes, where: str, opened: Opened) -> Document | Skip:
   try:
     record = kinds.parse(line)
   except ValueError as error:
     return Skip(where, "malformed JSON", one_line(error), len(line))
-  return field_of(record, where, field, len(line))
+  return _document(record, where, opened, len(line))
 
 
 def read_jsonl(opened: Opened) -> Records:
@@ -180,7 +186,7 @@ def read_jsonl(opened: Opened) -> Records:
       number += 1
       opened.taken_bytes += len(line)
       where = f"{opened.where}:{number}"
-      result = None if line.isspace() else _json(line, where, opened.field)
+      result = None if line.isspace() else _json(line, where, opened)
       del line
       if result is not None:
         yield result
@@ -210,7 +216,7 @@ def read_json(opened: Opened) -> Records:
       size = stop - at
       between = _BETWEEN.match(text, stop)
       at, end = between.end(), between[1]
-      yield field_of(record, f"{opened.where}:{number}", opened.field, size)
+      yield _document(record, f"{opened.where}:{number}", opened, size)
       del record
     if end != "]" or at != len(text):
       raise ValueError("the list does not end")

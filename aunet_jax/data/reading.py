@@ -110,6 +110,7 @@ class Tally(SkipLog):
   def __init__(self, path: pathlib.Path, max_fraction: float, log):
     super().__init__(log)
     self.num_good = self.num_bytes = 0
+    self.cut_documents = self.cut_bytes = 0  # that lost the left of a prompt
     self._max_fraction = max_fraction
     self._lost_bytes = 0  # as far as it is known
     self._short = []  # (kind, bytes stored, text read) of files that end early
@@ -220,6 +221,7 @@ def read_all(
   tally: Tally,
   log,
   separator: str | None = None,
+  turns=None,
 ) -> Iterator[sources.Document]:
   """Every document once, in order; the rest goes to `tally`.
 
@@ -234,12 +236,14 @@ def read_all(
   done = 0
   for file in files:
     before, ends_early = tally.num_bytes, False
-    for record in sources.read_source(file, text_field, separator):
+    for record in sources.read_source(file, text_field, separator, turns):
       if isinstance(record, sources.Skip):
         tally.add(record)
         ends_early |= record.lost_bytes is None
         continue
       num_bytes = len(record.text)
+      tally.cut_documents += record.cut_bytes > 0
+      tally.cut_bytes += record.cut_bytes
       yield record
       del record
       tally.num_good += 1

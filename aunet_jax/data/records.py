@@ -9,6 +9,7 @@ class Document(NamedTuple):
 
   name: str
   text: bytes
+  cut_bytes: int = 0  # of its record, that did not fit a row
 
 
 class Skip(NamedTuple):

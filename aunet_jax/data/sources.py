@@ -25,7 +25,7 @@ from aunet_jax.data.remote import ReadError, is_url  # noqa: F401
 
 
 def read_source(
-  source: Source, field: str, separator: str | None = None
+  source: Source, field: str, separator: str | None = None, turns=None
 ) -> Iterator[Document | Skip]:
   """The documents of one file, and a skip for every record without one.
 
@@ -33,15 +33,16 @@ def read_source(
     field: the text field of JSON objects and Parquet or dataset rows.
     separator: between the documents of a text file: "line", "blank_line" or
       any string; None = a file is a document.
+    turns: a conversations.Reader, which then reads the records.
   Raises: ValueError where a library that the kind needs is not installed;
     ReadError where a remote file stops being readable.
   """
   if source.kind == "hf":
-    yield from tables.read_hf(source.path, field)
+    yield from tables.read_hf(source.path, field, turns)
     return
   try:
     with remote.open_stored(source.path) as stored:
-      opened = formats.open_source(source, stored, field, separator)
+      opened = formats.open_source(source, stored, field, separator, turns)
       yield from formats.read(opened, source.kind, source.compression)
   except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
     yield Skip(source.path, "unreadable", str(error), None)

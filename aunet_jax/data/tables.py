@@ -206,7 +206,7 @@ def read_arrayrecord(opened: Opened) -> Records:
       yield Skip(f"{opened.where}:{number + 1}", "corrupt file", detail, lost)
 
 
-def read_hf(path: str, field: str) -> Records:
+def read_hf(path: str, field: str, turns=None) -> Records:
   """A Hugging Face dataset, streamed: "hf:NAME[:[CONFIG:]SPLIT]"."""
   try:
     import datasets
@@ -237,7 +237,11 @@ def read_hf(path: str, field: str) -> Records:
       ) from error
     if record is None:
       return
-    result = field_of(record, f"{path}:{number}", field, 0)
+    where = f"{path}:{number}"
+    if turns is not None:
+      result = turns.document(record, where, 0)
+    else:
+      result = field_of(record, where, field, 0)
     del record
     if isinstance(result, Document) and not result.text:
       result = Skip(result.name, "empty", "no bytes")

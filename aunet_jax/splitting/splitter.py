@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aunet_jax.compiled import compiled
-from aunet_jax.config import BOS, EOS
+from aunet_jax.config import BOS, EOS, FIRST_MARK
 from aunet_jax.splitting import automaton, entropy
 from aunet_jax.splitting.rules import Rule, make_rule
 from aunet_jax.splitting.vocabulary import Vocabulary, read_tokens
@@ -70,11 +70,14 @@ class Splitter:
   Args:
     rules: names such as "word@2"; see `rules.RULES` and `MACHINES`. None at
       all make a splitter for a model of one stage: every level is 0.
+    has_roles: whether bytes from FIRST_MARK on mark who speaks; then they have
+      the deepest level, whatever the rules.
 
   Attributes:
-    rules: as given, a tuple.
+    rules, has_roles: as given, rules a tuple.
     num_levels: the deepest level there is; BOS has it.
     hash: names the function computed; checkpoints keep it.
+    rules_hash: of the same rules without roles.
     start: int32 (k,), the state before the first byte of a document: what is
       known of an unfinished character, the automaton's row, and the state of
       each machine beside it. k is 2 where there is none.
@@ -82,13 +85,13 @@ class Splitter:
   Raises: ValueError naming a rule that does not exist.
   """
 
-  def __init__(self, rules: Sequence[str]):
+  def __init__(self, rules: Sequence[str], has_roles: bool = False):
     if isinstance(rules, str):
       raise ValueError(
         f"rules={rules!r} must be a sequence of rules, one for each stage "
         f"below the bytes: {rules.split(',')!r}."
       )
-    self.rules = tuple(rules)
+    self.rules, self.has_roles = tuple(rules), has_roles
     machines = {}  # by level
     for level, name in enumerate(self.rules, 1):
       kind, at, argument = name.partition("@")
@@ -104,7 +107,8 @@ class Splitter:
     self._machines = tuple(machines.items())
     names = [self.tables.hash]
     names += [f"{level}:{machine.hash}" for level, machine in self._machines]
-    self.hash = "+".join(names)
+    self.rules_hash = "+".join(names)
+    self.hash = f"{self.rules_hash}+roles" if has_roles else self.rules_hash
     starts = [np.array([UNSTARTED, 0], np.int32)]
     starts += [machine.start for _, machine in self._machines]
     self.start = np.concatenate(starts)
@@ -113,7 +117,7 @@ class Splitter:
     return f"Splitter({list(self.rules)!r})"
 
   def __reduce__(self):
-    return Splitter, (self.rules,)
+    return Splitter, (self.rules, self.has_roles)
 
   def levels(self, data: bytes | np.ndarray) -> np.ndarray:
     """The level of each byte of one document: int8, as long as `data`.
@@ -158,6 +162,8 @@ class Splitter:
       np.maximum(levels_N, np.int8(level) * cuts_N, out=levels_N)
       ends.append(end)
       at += size
+    if self.has_roles:
+      levels_N[data_N >= FIRST_MARK] = self.num_levels
     return levels_N, np.concatenate(ends)
 
   def init_state(self, batch: int) -> jax.Array:
@@ -195,6 +201,8 @@ class Splitter:
       level_B = jnp.maximum(level_B, jnp.where(cut_B, level, 0))
       nexts.append(after)
       at += size
+    if self.has_roles:
+      level_B = jnp.where(text_B >= FIRST_MARK, self.num_levels, level_B)
     next_BK = jnp.concatenate(nexts, axis=1)
     is_bos_B, is_eos_B = byte_B == BOS, byte_B == EOS
     next_BK = jnp.where(is_bos_B[:, None], jnp.asarray(self.start), next_BK)

@@ -19,6 +19,7 @@ import jax
 from aunet_jax import config as config_lib
 from aunet_jax import files, terminal
 from aunet_jax.aunet import devices
+from aunet_jax.data import roles
 from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.generate.generator import Generator
 from aunet_jax.generate.sampling import Sampling
@@ -102,11 +103,16 @@ def print_sample(setup: Setup) -> None:
     return
   generator = Generator.from_workdir(setup.workdir, trust_rules=True)
   prompt = config.sample_prompt.encode(errors="surrogateescape")
+  stop = ()
+  if setup.config.has_roles:
+    user = roles.turn_of("user", config.sample_prompt)
+    prompt, stop = roles.encode_prompt([user]), [roles.END_TEXT]
   room = setup.config.model.capacities[0] - len(prompt) - 1
   (completion,) = generator.generate(
     [prompt],
     max_bytes=min(config.sample_bytes, room),
     settings=Sampling(temperature=0.8, top_p=0.95),
+    stop=stop,
   )
   setup.log.say(
     f"sample (temperature 0.8, top_p 0.95):\n{'-' * 72}\n"

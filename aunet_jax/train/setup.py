@@ -258,7 +258,7 @@ def set_up(
     check_batch(config, mesh)
     say(attention.describe(config.model.stages, sharding.platform(mesh)))
     tx = optimizer.make_optimizer(config)
-    splitter = Splitter(config.model.rules)
+    splitter = Splitter(config.model.rules, config.has_roles)
     tokenizer = open_tokenizer(config)
   newest = checkpoints.choose(workdir, say)
 

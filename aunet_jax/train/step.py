@@ -19,6 +19,11 @@ from aunet_jax.train.state import TrainState
 # ----- what it will take ----------------------------------------------------
 
 
+def sizes_targets(config: Config) -> bool:
+  """Whether a batch says how many bytes of text every target is."""
+  return config.data.tokenizer is not None or config.has_roles
+
+
 def measure_flops_per_second(config: Config, repeats: int = 3) -> float:
   """Padded FLOPs a second of a training step here, compilation apart."""
   from aunet_jax.aunet import sharding
@@ -30,7 +35,7 @@ def measure_flops_per_second(config: Config, repeats: int = 3) -> float:
   abstract = packing.abstract_batch(
     config.train.batch_size,
     config.model.capacities[0],
-    reads_tokens=config.data.tokenizer is not None,
+    sizes_targets=sizes_targets(config),
   )
   shape = abstract["bytes"].shape
   rng = np.random.default_rng(0)

@@ -31,7 +31,7 @@ def save_params(workdir: str | Path, config: Config, params: dict) -> None:
 
   `generate`, `evaluate` and `train` accept it; training starts at step 0.
   """
-  splitter = Splitter(config.model.rules)
+  splitter = Splitter(config.model.rules, config.has_roles)
   write_config(workdir, config)
   tables.keep(workdir, config.model.rules)
   directory = Path(workdir).absolute() / CHECKPOINTS
@@ -80,7 +80,7 @@ def load(
   """
   config = read_config(workdir)
   model = tables.with_trusted_rules(workdir, config.model, trust_rules)
-  splitter = Splitter(model.rules)
+  splitter = Splitter(model.rules, config.has_roles)
   directory = Path(workdir).absolute() / CHECKPOINTS
   step, damaged = newest_undamaged(Path(workdir), items=("params", "host"))
   for number, reason in damaged.items():

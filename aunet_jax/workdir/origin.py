@@ -95,7 +95,8 @@ def find(
       f"train.init_from={str(source)!r} has no checkpoint yet; train it first."
     )
   host = layout.read_host(source, step)
-  load.check_splitter(host, splitter)
+  host["splitter_hash"] = host["splitter_hash"].removesuffix("+roles")
+  load.check_splitter(host, Splitter(splitter.rules))
   load.check_tokenizer(host, tokenizer)
   return Origin(source, step, host["splitter_hash"])
 

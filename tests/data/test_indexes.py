@@ -23,7 +23,7 @@ from toy_corpora import (
 )
 from toy_splitter import SpaceSplitter
 
-from aunet_jax.data import corpora, indexes, store
+from aunet_jax.data import conversations, corpora, indexes, store
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(TESTS))
@@ -58,6 +58,7 @@ def test_every_field_of_a_recipe_makes_another_index():
     "heldout_fraction": 0.5,
     "max_skip_fraction": 0.5,
     "keep_documents": True,
+    "turns": conversations.Reader(None, "p", "c", SPLITTER, (8, 4, 2)),
   }
   fields = {field.name for field in dataclasses.fields(recipe)}
   assert fields - {"purpose"} == set(others)

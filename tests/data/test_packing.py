@@ -52,7 +52,7 @@ def test_a_row_drawn_by_hand():
   assert row["levels"].tolist() == [2, 0, 1, 0, 2, 0, 2, 0, 0, 0]
   assert row["documents"].tolist() == [1, 1, 1, 1, 1, 1, 2, 0, 0, 0]
   assert row["weights"].tolist() == [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
-  shape = packing.abstract_batch(1, 10, reads_tokens=False)
+  shape = packing.abstract_batch(1, 10, sizes_targets=False)
   assert set(row) == set(packing.field_names()) == set(shape)
   for name, array in row.items():
     assert (array.dtype, (1, *array.shape)) == (np.int32, shape[name].shape)

@@ -158,7 +158,7 @@ def test_every_token_of_every_document_is_a_target_once(
 
   targets = collections.Counter()
   (batches,) = (list(loader.evaluation_batches(corpus, batch_size=3)),)
-  shape = packing.abstract_batch(3, corpus.capacities[0], reads_tokens=True)
+  shape = packing.abstract_batch(3, corpus.capacities[0], sizes_targets=True)
   assert {name: (x.shape, x.dtype) for name, x in batches[0].items()} == {
     name: (x.shape, x.dtype) for name, x in shape.items()
   }

@@ -11,6 +11,7 @@ class SpaceSplitter:
   """
 
   num_levels = 2
+  has_roles = False
   hash = "spaces"
   start = np.zeros(1, np.int32)
 
