@@ -5,13 +5,19 @@ import shutil
 import signal
 import tempfile
 
-# Tests compile much and compute little: unoptimised code, and one cache of
-# compiled programs for the session, shared with the processes tests start.
-_CACHE = tempfile.mkdtemp(prefix="aunet_jax_tests_")
+# Tests compile much and compute little: code that is quick to make, and one
+# cache of compiled programs for the session, shared by its workers and with the
+# processes that tests start.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_backend_optimization_level=0"
+  + " --xla_cpu_use_fusion_emitters=false"
 )
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not _IS_WORKER:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
+    prefix="aunet_jax_tests_"
+  )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -28,4 +34,5 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_sessionfinish(session, exitstatus):
-  shutil.rmtree(_CACHE, ignore_errors=True)
+  if not _IS_WORKER:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

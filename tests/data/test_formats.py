@@ -5,22 +5,9 @@ import io
 import tarfile
 
 import pytest
+from read_all import read_all
 
-from aunet_jax.data import sources
 from aunet_jax.data.compression import zstd
-
-
-def _read(path, field="text"):
-  files, skips = sources.list_sources(str(path))
-  texts = []
-  for file in files:
-    for record in sources.read_source(file, field):
-      if isinstance(record, sources.Skip):
-        skips.append(record)
-      else:
-        texts.append(record.text)
-  return texts, skips
-
 
 # ----- tar ------------------------------------------------------------------
 
@@ -57,7 +44,7 @@ def test_files_of_an_archive_are_read_as_in_a_directory(tmp_path, name):
   data = _tar(MEMBERS)
   pack = {"a.tar.gz": gzip.compress, "a.tzst": zstd.compress}.get(name, bytes)
   (tmp_path / name).write_bytes(pack(data))
-  assert _read(tmp_path / name) == (TEXTS, [])
+  assert read_all(tmp_path / name) == (TEXTS, [])
 
 
 def test_what_is_left_out_of_an_archive_is_counted(tmp_path):
@@ -70,7 +57,7 @@ def test_what_is_left_out_of_an_archive_is_counted(tmp_path):
   ]
   path = tmp_path / "a.tar"
   path.write_bytes(_tar(members))
-  texts, skips = _read(path)
+  texts, skips = read_all(path)
   assert texts == [b"text"]
   assert [skip[:2] for skip in skips] == [
     (f"{path}/./.git/HEAD", "hidden name"),
@@ -83,7 +70,7 @@ def test_what_is_left_out_of_an_archive_is_counted(tmp_path):
 def test_joined_archives_are_read(tmp_path):
   path = tmp_path / "a.tar"
   path.write_bytes(_tar(MEMBERS[:2]) + _tar(MEMBERS[2:]))
-  assert _read(path) == (TEXTS, [])
+  assert read_all(path) == (TEXTS, [])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +90,7 @@ def test_a_damaged_archive_gives_what_comes_before(tmp_path, what):
   (tmp_path / "a.tar").write_bytes(data)
   (tmp_path / "b.tar.gz").write_bytes(gzip.compress(data))
   for name in ("a.tar", "b.tar.gz"):
-    texts, skips = _read(tmp_path / name)
+    texts, skips = read_all(tmp_path / name)
     assert texts == [text for _, text in members[:4]]
     assert [skip.reason for skip in skips] == ["corrupt file"]
 
@@ -112,7 +99,7 @@ def test_damage_inside_a_file_of_an_archive_stays_there(tmp_path):
   inside = gzip.compress(b"x" * 100)[:-4]
   members = [("a.txt.gz", inside), ("b.txt", b"text")]
   (tmp_path / "a.tar").write_bytes(_tar(members))
-  texts, skips = _read(tmp_path / "a.tar")
+  texts, skips = read_all(tmp_path / "a.tar")
   assert texts == [b"text"]
   assert [skip[:2] for skip in skips] == [
     (f"{tmp_path}/a.tar/a.txt.gz", "corrupt file")
@@ -154,7 +141,7 @@ def test_texts_of_a_warc_file(tmp_path, name):
   if name.endswith(".gz"):  # a stream a record, as they are written
     data = b"".join(map(gzip.compress, RECORDS))
   (tmp_path / name).write_bytes(data)
-  texts, skips = _read(tmp_path / name)
+  texts, skips = read_all(tmp_path / name)
   assert texts == PAGES
   reasons = ["no text record", "no text record", "not text", "empty"]
   assert [skip.reason for skip in skips] == reasons
@@ -177,6 +164,6 @@ def test_a_damaged_warc_file_is_a_skip(tmp_path, damage, capsys):
   data = damage(b"".join(records))
   assert data != b"".join(records)
   (tmp_path / "a.warc").write_bytes(data)
-  texts, skips = _read(tmp_path / "a.warc")
+  texts, skips = read_all(tmp_path / "a.warc")
   assert texts == [b"document %02d" % n for n in range(len(texts))]
   assert [skip.reason for skip in skips] == ["corrupt file"]

@@ -7,6 +7,7 @@ import json
 import lzma
 
 import pytest
+from read_all import read_all
 
 from aunet_jax.data import compression, kinds, sources
 
@@ -21,18 +22,6 @@ def _short(parameter):
 
 
 DOCUMENTS = [b"document 0", b"document 1", b"document 2"]
-
-
-def _read(path, field="text"):
-  files, skips = sources.list_sources(str(path))
-  texts = []
-  for file in files:
-    for record in sources.read_source(file, field):
-      if isinstance(record, sources.Skip):
-        skips.append(record)
-      else:
-        texts.append(record.text)
-  return texts, skips
 
 
 @pytest.mark.parametrize(
@@ -79,7 +68,7 @@ def test_names(name, expected):
 )
 def test_mislabelled_files_are_read_for_what_they_are(tmp_path, name, data):
   (tmp_path / name).write_bytes(data)
-  texts, skips = _read(tmp_path / name)
+  texts, skips = read_all(tmp_path / name)
   assert texts == DOCUMENTS
   assert [s.reason for s in skips] == ["malformed JSON"] * (b"{bad" in data)
 
@@ -105,12 +94,12 @@ def test_mislabelled_files_are_read_for_what_they_are(tmp_path, name, data):
 )
 def test_what_is_no_text_is_a_counted_skip(tmp_path, name, data, reason):
   (tmp_path / name).write_bytes(data)
-  texts, skips = _read(tmp_path / name)
+  texts, skips = read_all(tmp_path / name)
   assert texts == [] and [skip.reason for skip in skips] == [reason]
   if reason == "not text":
     assert "text:PATH" in skips[0].detail
     inside = gzip.decompress(data) if name.endswith(".gz") else data
-    assert _read(f"text:{tmp_path / name}") == ([inside], [])
+    assert read_all(f"text:{tmp_path / name}") == ([inside], [])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +121,7 @@ def test_what_is_no_text_is_a_counted_skip(tmp_path, name, data, reason):
 )
 def test_text_is_text(tmp_path, text):
   (tmp_path / "a.txt").write_bytes(text)
-  assert _read(tmp_path / "a.txt") == ([text], [])
+  assert read_all(tmp_path / "a.txt") == ([text], [])
 
 
 def test_a_pointer_says_how_much_is_missing(tmp_path):
@@ -141,7 +130,7 @@ def test_a_pointer_says_how_much_is_missing(tmp_path):
   )
   for name in ("a.txt", "a.parquet", "a.jsonl"):
     (tmp_path / name).write_bytes(pointer)
-    texts, (skip,) = _read(tmp_path / name)
+    texts, (skip,) = read_all(tmp_path / name)
     assert texts == [] and skip.reason == "pointer to a file"
     assert skip.lost_bytes == 12345
 
@@ -156,11 +145,11 @@ def test_a_json_list_of_records(tmp_path, name):
     reasons = reasons or ["no text field", "not an object"]
     pack = gzip.compress if name.endswith(".gz") else bytes
     (tmp_path / name).write_bytes(pack(data))
-    texts, skips = _read(tmp_path / name)
+    texts, skips = read_all(tmp_path / name)
     assert texts == [b"one", "zwei ß".encode()]
     assert [skip.reason for skip in skips] == reasons
     (tmp_path / name).write_bytes(pack(data.rstrip()[:-1]))
-    texts, skips = _read(tmp_path / name)
+    texts, skips = read_all(tmp_path / name)
     assert texts == [b"one", "zwei ß".encode()]
     assert [skip.reason for skip in skips] == [*reasons, "malformed JSON"]
 
@@ -168,34 +157,34 @@ def test_a_json_list_of_records(tmp_path, name):
 def test_a_json_list_without_the_field_is_text(tmp_path):
   text = b'[{"name": "x"}, {"name": "y"}]'
   (tmp_path / "a.json").write_bytes(text)
-  assert _read(tmp_path / "a.json") == ([text], [])
+  assert read_all(tmp_path / "a.json") == ([text], [])
 
 
 def test_empty_files_of_any_kind_are_empty(tmp_path):
   for suffix in ("txt", "txt.gz", "jsonl.xz", "tar", "csv", "warc", "tar.bz2"):
     (tmp_path / f"a.{suffix}").write_bytes(b"")
-    texts, skips = _read(tmp_path / f"a.{suffix}")
+    texts, skips = read_all(tmp_path / f"a.{suffix}")
     assert (texts, [skip.reason for skip in skips]) == ([], ["empty"])
 
 
 def test_a_lone_json_object_is_a_record_if_it_has_the_field(tmp_path):
   (tmp_path / "a.json").write_text('{"text": "document"}')
-  assert _read(tmp_path / "a.json") == ([b"document"], [])
-  assert _read(tmp_path / "a.json", "body")[0] == [b'{"text": "document"}']
+  assert read_all(tmp_path / "a.json") == ([b"document"], [])
+  assert read_all(tmp_path / "a.json", "body")[0] == [b'{"text": "document"}']
 
 
 @pytest.mark.parametrize("digits", [3000, 5000, 20_000])
 def test_a_first_line_longer_than_a_block_of_the_disk(tmp_path, digits):
   line = b'{"id": ' + b"9" * digits + b', "text": "a"}\n'
   (tmp_path / "a.txt").write_bytes(line * 3)
-  assert _read(tmp_path / "a.txt") == ([b"a"] * 3, [])
+  assert read_all(tmp_path / "a.txt") == ([b"a"] * 3, [])
 
 
 def test_a_long_first_line_is_json_all_the_same(tmp_path):
   long = "x" * (compression.BLOCK + 10)
   lines = [json.dumps({"text": long}), json.dumps({"text": "short"})]
   (tmp_path / "a.json").write_text("\n".join(lines))
-  assert _read(tmp_path / "a.json") == ([long.encode(), b"short"], [])
+  assert read_all(tmp_path / "a.json") == ([long.encode(), b"short"], [])
 
 
 # ----- JSON and fields ------------------------------------------------------
@@ -267,7 +256,7 @@ def test_nested_texts_are_joined_by_lines(tmp_path):
   ]
   path = tmp_path / "a.jsonl"
   path.write_text("\n".join(map(json.dumps, records)))
-  texts, skips = _read(path, "turns.content")
+  texts, skips = read_all(path, "turns.content")
   assert texts == ["one\nzwei ß".encode()]
   assert [skip.reason for skip in skips] == [
     "text of a wrong type",

@@ -10,20 +10,9 @@ import threading
 
 import fsspec
 import pytest
+from read_all import read_all
 
-from aunet_jax.data import remote, sources
-
-
-def _read(path, field="text"):
-  files, skips = sources.list_sources(str(path))
-  texts = []
-  for file in files:
-    for record in sources.read_source(file, field):
-      if isinstance(record, sources.Skip):
-        skips.append(record)
-      else:
-        texts.append(record.text)
-  return texts, skips
+from aunet_jax.data import remote
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.csv"])
@@ -37,13 +26,13 @@ def test_a_connection_that_ends_early_is_an_error(monkeypatch, name):
   memory = fsspec.filesystem("memory")
   memory.pipe(f"/short/{name}", data)
   url = f"memory://short/{name}"
-  assert len(_read(url)[0]) in (1, 1999, 2000)
+  assert len(read_all(url)[0]) in (1, 1999, 2000)
   short = data[: data.rindex(b"\n") + 1] if b"\n" in data[-200:] else data[:-9]
   monkeypatch.setattr(
     type(memory), "open", lambda *args, **kwargs: io.BytesIO(short)
   )
   with pytest.raises(remote.ReadError, match="try again") as error:
-    _read(url)
+    read_all(url)
   assert error.value.status == 1
 
 
@@ -58,7 +47,7 @@ def test_errors_of_any_library_of_a_url_may_be_tried_again(monkeypatch):
   memory.pipe("/odd/a.txt", b"text")
   monkeypatch.setattr(type(memory), "open", broken)
   with pytest.raises(remote.ReadError, match="503; try again"):
-    _read("memory://odd/a.txt")
+    read_all("memory://odd/a.txt")
 
 
 @pytest.mark.parametrize(
@@ -109,10 +98,10 @@ def test_files_of_a_web_server(tmp_path, web):
   (tmp_path / ".hidden").write_bytes(b"x")
   (tmp_path / "d").mkdir()
   (tmp_path / "d" / "c.txt.gz").write_bytes(gzip.compress(b"four"))
-  assert _read(f"{web}/b.jsonl?download=true") == ([b"two", b"three"], [])
-  assert _read(f"{web}/*.txt") == ([b"one"], [])
-  texts, skips = _read(f"{web}/")
+  assert read_all(f"{web}/b.jsonl?download=true") == ([b"two", b"three"], [])
+  assert read_all(f"{web}/*.txt") == ([b"one"], [])
+  texts, skips = read_all(f"{web}/")
   assert texts == [b"one", b"two", b"three", b"four"]
   assert [skip.reason for skip in skips] == ["hidden name"]
   with pytest.raises(ValueError, match="matches no file"):
-    _read(f"{web}/nothing.txt")
+    read_all(f"{web}/nothing.txt")

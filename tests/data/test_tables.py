@@ -8,23 +8,12 @@ import types
 
 import numpy as np
 import pytest
+from read_all import read_all
 
-from aunet_jax.data import remote, sources
+from aunet_jax.data import remote
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
-
-
-def _read(path, field="text"):
-  files, skips = sources.list_sources(str(path))
-  texts = []
-  for file in files:
-    for record in sources.read_source(file, field):
-      if isinstance(record, sources.Skip):
-        skips.append(record)
-      else:
-        texts.append(record.text)
-  return texts, skips
 
 
 def _unchecked(values):
@@ -61,7 +50,7 @@ def test_text_that_is_no_utf8_is_its_bytes(tmp_path, name, dictionary):
     indices = pa.array([0, 1, 2, 3], pa.int8())
     column = pa.DictionaryArray.from_arrays(indices, column)
   _write(tmp_path / name, pa.table({"text": column}))
-  assert _read(tmp_path / name) == (VALUES, [])
+  assert read_all(tmp_path / name) == (VALUES, [])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,15 +68,15 @@ def test_large_types_and_nested_columns(tmp_path, name):
   )
   path = tmp_path / name
   _write(path, table)
-  texts, skips = _read(path)
+  texts, skips = read_all(path)
   assert texts == [b"a", b"b"]
   assert [s.reason for s in skips] == ["null text", "empty"]
-  assert _read(path, "meta.text") == (VALUES, [])
-  texts, skips = _read(path, "turns.c")
+  assert read_all(path, "meta.text") == (VALUES, [])
+  texts, skips = read_all(path, "turns.c")
   assert texts == [b"a\nb"]
   assert [s.reason for s in skips] == ["empty", "null text", "empty"]
-  assert _read(path, "a.b")[0] == [b"1", b"2", b"3", b"4"]
-  assert _read(path, "body")[1][0].reason == "no text field"
+  assert read_all(path, "a.b")[0] == [b"1", b"2", b"3", b"4"]
+  assert read_all(path, "body")[1][0].reason == "no text field"
 
 
 def test_a_damaged_row_group_does_not_take_the_next_ones(tmp_path):
@@ -104,7 +93,7 @@ def test_a_damaged_row_group_does_not_take_the_next_ones(tmp_path):
   data = bytearray(path.read_bytes())
   data[data.index(b"document 15 ")] ^= 1
   path.write_bytes(data)
-  found, (skip, null) = _read(path)
+  found, (skip, null) = read_all(path)
   assert null[:2] == (f"{path}:41", "null text")
   expected = [t.encode() for t in texts[:-1]]
   assert found == expected[:10] + expected[20:]
@@ -119,15 +108,15 @@ def test_an_arrow_stream_without_its_end_is_damaged(tmp_path):
     writer.write_table(table, 1)
   whole = path.read_bytes()
   path.write_bytes(whole[:-8])
-  texts, (skip,) = _read(path)
+  texts, (skip,) = read_all(path)
   assert texts == [b"one", b"two", b"three"] and skip.reason == "corrupt file"
   path.write_bytes(whole[: len(whole) // 2])
-  texts, (skip,) = _read(path)
+  texts, (skip,) = read_all(path)
   assert texts == [b"one"] and skip.reason == "corrupt file"
   path.write_bytes(whole + whole)
-  assert _read(path) == ([b"one", b"two", b"three"] * 2, [])
+  assert read_all(path) == ([b"one", b"two", b"three"] * 2, [])
   path.write_bytes(whole + b"garbage")
-  texts, (skip,) = _read(path)
+  texts, (skip,) = read_all(path)
   assert len(texts) == 3 and skip.reason == "corrupt file"
 
 
@@ -143,7 +132,7 @@ def test_tables_inside_what_cannot_seek(tmp_path):
     member = tarfile.TarInfo("d.parquet")
     member.size = len(data)
     archive.addfile(member, io.BytesIO(data))
-  assert _read(tmp_path) == ([b"a", b"b"] * 3, [])
+  assert read_all(tmp_path) == ([b"a", b"b"] * 3, [])
 
 
 def test_without_the_library_its_extra_is_named(tmp_path, monkeypatch):
@@ -157,7 +146,7 @@ def test_without_the_library_its_extra_is_named(tmp_path, monkeypatch):
     ("hf:name", "hf"),
   ):
     with pytest.raises(ValueError, match=rf"aunet_jax\[{extra}\]"):
-      _read(path)
+      read_all(path)
 
 
 # ----- datasets -------------------------------------------------------------
@@ -189,7 +178,7 @@ def datasets(monkeypatch):
   ],
 )
 def test_a_dataset_its_configuration_and_split(datasets, spec, asked):
-  texts, skips = _read(spec)
+  texts, skips = read_all(spec)
   assert datasets.asked == [asked] and texts == [b"a"]
   assert [s[:2] for s in skips] == [
     (f"{spec}:2", "null text"),
@@ -200,7 +189,7 @@ def test_a_dataset_its_configuration_and_split(datasets, spec, asked):
 @pytest.mark.parametrize("spec", ["hf:", "hf:a::b", "hf:a:b:c:d", "hf:missing"])
 def test_a_dataset_that_is_not_there_is_an_error(datasets, spec):
   with pytest.raises(ValueError, match="must be hf:|cannot open hf:missing"):
-    _read(spec)
+    read_all(spec)
 
 
 def test_a_dataset_that_breaks_off_may_be_tried_again(datasets):
@@ -210,10 +199,10 @@ def test_a_dataset_that_breaks_off_may_be_tried_again(datasets):
 
   datasets.records = records()
   with pytest.raises(remote.ReadError, match="hf:name:2 failed: no answer"):
-    _read("hf:name")
+    read_all("hf:name")
 
 
 def test_nested_fields_of_a_dataset(datasets):
   datasets.records = [{"m": [{"c": "a"}, {"c": "b"}]}]
   assert json.dumps(datasets.records)
-  assert _read("hf:name", "m.c") == ([b"a\nb"], [])
+  assert read_all("hf:name", "m.c") == ([b"a\nb"], [])
