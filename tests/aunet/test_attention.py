@@ -282,13 +282,6 @@ def test_multiplied_pairs_are_those_of_whole_blocks(kernel):
   assert pairs == met * queries * keys
 
 
-def test_heads_too_wide_for_shared_memory_are_refused_by_triton():
-  stage = StageConfig(dim=256, num_layers=1, head_dim=256, window=4, capacity=4)
-  stage = dataclasses.replace(stage, attention="triton")
-  with pytest.raises(ValueError, match="stage 1.*at most 128.*is 256"):
-    attention.check([stage], "gpu")
-
-
 def test_a_choice_that_cannot_run_names_stage_choice_and_remedy():
   fine = StageConfig(dim=16, num_layers=1, head_dim=8, window=4, capacity=16)
   model = ModelConfig(stages=(fine,), dtype="float32")

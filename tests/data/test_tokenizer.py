@@ -379,24 +379,6 @@ def test_the_library_is_named_where_it_is_missing(file, monkeypatch):
     Tokenizer(file)
 
 
-@pytest.mark.parametrize(
-  "flags, message",
-  [
-    (["--vocab_size=255"], "must hold the 256 bytes"),
-    (["--vocab_size=100000"], "fewer than --vocab_size"),
-    (["--max_bytes=0"], "--max_bytes=0"),
-    (["--data=/no/such"], "/no/such"),
-  ],
-)
-def test_a_tokenizer_that_cannot_be_made_says_why(
-  texts, tmp_path, capsys, flags, message
-):
-  flags = [f"--data={texts}", f"--output={tmp_path / 't.json'}", *flags]
-  assert tokenizer.main(flags) == 2
-  assert message in capsys.readouterr().err
-  assert not (tmp_path / "t.json").exists()
-
-
 # ----- a study --------------------------------------------------------------
 
 
@@ -435,22 +417,3 @@ def test_the_papers_baseline_is_planned_as_it_was_run():
     assert tokens_a_step == pytest.approx(
       published.printed_units_per_step, rel=0.07
     )
-
-
-def test_what_was_skipped_is_reported_and_the_field_is_a_choice(
-  tmp_path, capsys
-):
-  lines = ['{"body": "some words and some more words"}', "not JSON", '{"a": 1}']
-  (tmp_path / "a.jsonl").write_text("\n".join(lines))
-  code = tokenizer.main(
-    [
-      f"--data={tmp_path / 'a.jsonl'}",
-      f"--output={tmp_path / 't.json'}",
-      "--text_field=body",
-      "--vocab_size=257",
-    ]
-  )
-  said = capsys.readouterr().err
-  assert code == 0
-  assert "a.jsonl:2: malformed JSON" in said
-  assert "skipped in all: 1 malformed JSON, 1 no text field" in said

@@ -5,49 +5,29 @@ import gzip
 import json
 import lzma
 import math
-import os
 
 import jax
 import numpy as np
 import pytest
 
 from aunet_jax import config as config_lib
-from aunet_jax.aunet import loss, network, sharding
+from aunet_jax.aunet import loss, network
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.evaluate import __main__ as evaluate_main
-from aunet_jax.evaluate import bits_per_byte, score
+from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.workdir import layout, load
-
-TEXTS = [
-  b"One short document.",
-  "Ein zweites, mit Umlauten: äöü, und 123 Zahlen.\n".encode(),
-  b"\xff\xfe not UTF-8 \x80",
-  b"word " * 60,  # longer than a row: cut
-]
-
-
-def new_params(config: config_lib.ModelConfig, key: jax.Array) -> dict:
-  init = jax.jit(network.init_params, static_argnums=0)
-  return sharding.unbox(init(config, key))
+from tests.toy_workdir import TEXTS, write_texts, write_workdir
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """A workdir with an untrained tiny model."""
-  config = config_lib.parse_flags(["--config=tests/tiny.py"])
-  params = new_params(config.model, jax.random.key(3))
-  folder = tmp_path_factory.mktemp("run")
-  load.save_params(folder, config, params)
-  return folder
+  return write_workdir(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("texts")
-  for i, text in enumerate(TEXTS):
-    (folder / f"{i}.txt").write_bytes(text)
-  return folder
+  return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def nats_of_pieces(loaded, text, row_length, model=None) -> float:
@@ -138,13 +118,6 @@ def test_int8_scores_the_rounded_matrices(workdir, texts):
   assert (exact["int8"], rounded["int8"]) == (False, True)
 
 
-def test_the_last_line_is_json(workdir, texts, capsys):
-  assert evaluate_main.main([f"--workdir={workdir}", f"--data={texts}"]) == 0
-  result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-  assert result["documents"] == len(TEXTS)
-  assert set(result["compressors_bits_per_byte"]) == {"gzip -9", "xz -9"}
-
-
 def rows_of(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -167,26 +140,6 @@ def test_every_document_has_its_own_scores(workdir, texts, tmp_path, capsys):
     bits = row["nats"] / math.log(2) / row["bytes"]
     assert row["bits_per_byte"] == pytest.approx(bits)
   assert all(str(texts) in row["name"] for row in rows)
-
-
-def test_bits_without_eos_are_the_scores_of_the_bytes(workdir, texts):
-  """As `score` gives them without the end of the document."""
-  loaded = load.load(workdir)
-  only = texts.parent / "one"
-  only.mkdir(exist_ok=True)
-  (only / "0.txt").write_bytes(TEXTS[0])
-  result = bits_per_byte.evaluate_workdir(
-    str(workdir), str(only), log=lambda _: 0
-  )
-  for name, with_eos in (
-    ("bits_per_byte", True), ("bits_per_byte_without_eos", False),
-  ):  # fmt: skip
-    (found,) = score.score(
-      loaded.model.config, loaded.params, loaded.splitter,
-      [(b"", TEXTS[0])], with_eos=with_eos,
-    )  # fmt: skip
-    bits = -found.nats / math.log(2) / len(TEXTS[0])
-    assert result[name] == pytest.approx(bits, rel=1e-5)
 
 
 def test_a_stride_gives_every_byte_more_context(workdir, tmp_path, capsys):
@@ -259,54 +212,6 @@ def test_compressors_see_no_more_than_they_are_given(max_bytes):
   assert found["gzip -9"] == 8 * len(gzip.compress(start, 9)) / len(start)
   packed = lzma.compress(start, preset=9)
   assert found["xz -9"] == 8 * len(packed) / len(start)
-
-
-def test_names_that_are_no_utf8_are_evaluated(workdir, tmp_path, capfdbinary):
-  folder = os.fsencode(tmp_path) + b"/\xff\xe9"
-  os.mkdir(folder)
-  with open(folder + b"/\xfe.txt", "wb") as file:
-    file.write(TEXTS[0])
-  out = os.fsdecode(folder + b"/scores\xff.jsonl")
-  flags = [f"--workdir={workdir}", f"--data={os.fsdecode(folder)}/*.txt"]
-  assert evaluate_main.main([*flags, f"--per_document={out}"]) == 0
-  with open(out) as file:
-    row = json.loads(file.readline())
-  assert os.fsencode(row["name"]).endswith(b"\xfe.txt")
-  assert row["bytes"] == len(TEXTS[0])
-
-
-@pytest.mark.parametrize("stride", [0, -1, 129])
-def test_a_stride_that_no_row_has_is_refused(workdir, texts, capsys, stride):
-  flags = [f"--workdir={workdir}", f"--data={texts}", f"--stride={stride}"]
-  assert evaluate_main.main(flags) == 2
-  assert f"--stride={stride} must be from 1 to" in capsys.readouterr().err
-
-
-def test_scores_that_cannot_be_written_are_said_at_once(workdir, texts, capsys):
-  flags = [f"--workdir={workdir}", f"--data={texts}"]
-  assert evaluate_main.main([*flags, "--per_document=/no/such/f.jsonl"]) == 2
-  captured = capsys.readouterr()
-  assert "/no/such" in captured.err and captured.out == ""
-
-
-@pytest.mark.parametrize(
-  ("workdir_flag", "data_flag", "message"),
-  [
-    ("/no/such/workdir", None, "no such workdir: /no/such/workdir"),
-    (None, "/no/such/data", "/no/such/data"),
-    ("tests", None, "tests is not a workdir"),
-  ],
-)
-def test_bad_input_is_named(
-  workdir, texts, capsys, workdir_flag, data_flag, message
-):
-  flags = [
-    f"--workdir={workdir_flag or workdir}",
-    f"--data={data_flag or texts}",
-  ]
-  assert evaluate_main.main(flags) == 2
-  error = capsys.readouterr().err
-  assert message in error and "Traceback" not in error
 
 
 def test_a_changed_splitting_table_is_refused(workdir):

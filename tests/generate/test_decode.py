@@ -428,21 +428,6 @@ def test_a_state_is_placed_by_what_its_fields_are_called():
     assert field.spec == PartitionSpec()
 
 
-def test_rows_count_every_stage():
-  splitter = Splitter(["word@1", "word@2"])
-  rows = make_rows([b"one two three", b""], splitter, 3)
-  levels = splitter.levels(b"one two three")
-  assert rows.levels_BL[0, 1:14].tolist() == levels.tolist()
-  assert rows.counts_BN[0].tolist() == [
-    14,
-    1 + int((levels >= 1).sum()),
-    1 + int((levels >= 2).sum()),
-  ]
-  assert rows.counts_BN[1].tolist() == [1, 1, 1]
-  assert rows.offset_BN[1].tolist() == [0, 0]
-  assert rows.offset_BN[0, 0] == 13 - (1 + int(np.flatnonzero(levels)[-1]))
-
-
 @pytest.mark.parametrize("batch", [1, 2, 5, 8, 64])
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 def test_pack_always_finds_a_full_block(batch, num_stages):

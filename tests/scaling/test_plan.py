@@ -77,17 +77,6 @@ def test_isoflop_cells_spend_one_budget_on_several_sizes():
       assert spent == pytest.approx(1e18, rel=0.01)
 
 
-def test_rows_of_a_text_fill_and_bytes_are_those_that_are_read(text):
-  text.write_text("Some words of a text that is long enough. " * 2000)
-  grid = Grid(models=["aunet2"], budgets=[1e11], ratio=0.0005)
-  ((run, planned),) = make_runs(grid, Sample(str(text), 512))
-  assert planned.model.capacities[0] == 512
-  assert 0.8 < run.fill[0] < 1 and run.fill[1] > 0.9
-  assert run.useful_flops < run.padded_flops
-  rows = planned.train.num_steps * planned.train.batch_size
-  assert run.bytes == pytest.approx(rows * 512 * run.fill[0])
-
-
 def test_a_sweep_has_a_cell_for_every_batch_and_rate(tmp_path, text, capsys):
   study = tmp_path / "hp"
   flags = (f"--models={MODEL}", "--budgets=1e9", f"--data={text}")
@@ -107,53 +96,6 @@ def test_a_directory_holds_one_study(tmp_path, text, capsys):
   assert plan(tmp_path / "study", *flags) == 0
   assert plan(tmp_path / "study", *flags) == 2
   assert "holds a study already" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-  "flags, message",
-  [
-    (["--models=aunet5", "--budgets=1e19"], "'aunet5' is no model"),
-    (["--models=stride@1", "--budgets=1e19"], "'stride@1' is no model"),
-    (["--models=no.py:f", "--budgets=1e19"], "no file 'no.py'"),
-    (["--models=tests/tiny.py:f", "--budgets=1e19"], "no function 'f'"),
-    (["--models=aunet2", "--budgets=1e2"], "no model has about"),
-    (["--models=aunet2,aunet2", "--budgets=1e19"], "would be called"),
-    (["--models=aunet2", "--budgets=1e19", "--ratio=-1"], "--ratio=-1"),
-    (["--models=aunet2", "--budgets=1e19", "--set=a"], "--set=a"),
-    (
-      ["--models=aunet2", "--budgets=1e19", "--set=train.x=1"],
-      "--config.train.x is not a setting",
-    ),
-    (["--models=aunet2", "--budgets=1e19", "--data=/no/such"], "/no/such"),
-    (["study", "--models=aunet2", "--budgets=1e19"], "--data is missing"),
-    (
-      ["--models=byte,aunet2", "--budgets=1e19", "--set=train.eval_bytes=9"],
-      "sets train.eval_bytes",
-    ),
-  ],
-)
-def test_what_cannot_be_planned_is_named(flags, message, capsys):
-  assert plan(*flags) == 2
-  assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("value", ["", "x", "-1", "1e19,0", "inf"])
-def test_budgets_are_numbers_above_zero(value, capsys):
-  with pytest.raises(SystemExit) as stop:
-    plan("--models=aunet2", f"--budgets={value}")
-  assert stop.value.code == 2
-  assert "numbers above 0" in capsys.readouterr().err
-
-
-def test_a_directory_that_is_no_study_is_refused(tmp_path, capsys):
-  assert scaling_main.main(["run", str(tmp_path)]) == 2
-  assert "scaling plan" in capsys.readouterr().err
-  (tmp_path / "study.json").write_text("{")
-  assert scaling_main.main(["run", str(tmp_path)]) == 2
-  assert "damaged" in capsys.readouterr().err
-  (tmp_path / "study.json").write_text('{"cells": ["a"], "data": null}')
-  assert scaling_main.main(["run", str(tmp_path)]) == 2
-  assert "not as it was planned" in capsys.readouterr().err
 
 
 def test_a_config_is_read_from_json_as_from_python(tmp_path):

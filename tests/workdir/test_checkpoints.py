@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 
 from aunet_jax.config import CheckpointConfig
-from aunet_jax.terminal import Failure
-from aunet_jax.workdir import checkpoints, layout, manifest, together
+from aunet_jax.workdir import checkpoints, layout, manifest
 
 HOST = {"splitter_hash": "ab"}
 
@@ -65,18 +63,6 @@ def test_a_checkpoint_is_late_by_the_clock(tmp_path):
   saver.close()
 
 
-@pytest.fixture
-def two_processes(monkeypatch):
-  """This process as the first of two; yields what the other one reports."""
-  other = np.zeros(501, np.uint8)
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: x)
-  monkeypatch.setattr(
-    multihost_utils, "process_allgather", lambda x: np.stack([x, other])
-  )
-  return other
-
-
 def test_step_0_is_chosen_by_several_processes_too(tmp_path, two_processes):
   assert checkpoints.choose(tmp_path, print) is None
   step = tmp_path / "checkpoints" / "0" / "params"
@@ -84,40 +70,3 @@ def test_step_0_is_chosen_by_several_processes_too(tmp_path, two_processes):
   (step / "a").write_text("x")
   manifest.write(step.parent)
   assert checkpoints.choose(tmp_path, print) == 0
-
-
-def report(other, status: int, message: bytes) -> None:
-  other[0] = status
-  other[1 : 1 + len(message)] = list(message)
-
-
-@pytest.mark.parametrize(
-  ("mine", "others", "status", "said"),
-  [
-    (None, 1, 1, "process 1: the disk"),
-    (None, 2, 2, "process 1: the disk"),
-    (OSError("net"), 0, 1, "net"),
-    (ValueError("flag"), 0, 2, "flag"),
-    (ValueError("flag"), 2, 2, "flag"),
-    (ValueError("flag"), 1, 1, "flag"),
-    (OSError("net"), 2, 1, "net"),
-  ],
-)
-def test_processes_fail_alike(two_processes, mine, others, status, said):
-  if others:
-    report(two_processes, others, b"the disk")
-  with pytest.raises((Failure, OSError, ValueError)) as caught:
-    with together.all_or_none():
-      if mine is not None:
-        raise mine
-  from aunet_jax.terminal import status_of
-
-  assert status_of(caught.value) == status
-  assert said in str(caught.value)
-
-
-def test_processes_without_failure_go_on(two_processes):
-  with together.all_or_none():
-    pass
-  with pytest.raises(KeyError), together.all_or_none():
-    raise KeyError  # a defect of ours keeps its traceback
