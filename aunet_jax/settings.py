@@ -20,6 +20,7 @@ REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "xla", "splash", "triton")
 SCHEDULES = ("cosine", "wsd", "constant")
 OPTIMIZERS = ("adamw", "muon")
+UNDECAYED = ("norms", "embeddings", "head")
 DTYPES = ("float32", "bfloat16")
 FORMATS = ("text", "completion", "chat")
 LARGEST = 2**62  # no setting is above; past it numbers overflow
@@ -343,6 +344,23 @@ class TrainConfig:
       )
 
 
+def _factors(name: str, value) -> tuple[float, ...] | None:
+  """Numbers of a list, or of text that joins them by commas."""
+  if value is None:
+    return None
+  items = value.split(",") if isinstance(value, str) else value
+  try:
+    factors = tuple(float(item) for item in items)
+  except (TypeError, ValueError):
+    factors = ()
+  if not factors or not all(0 <= factor <= LARGEST for factor in factors):
+    raise ValueError(
+      f"{name}={shown(value)} must be numbers of at least 0, one a stage, "
+      f'such as "0,1".'
+    )
+  return factors
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
   """AdamW as in the paper's Tables 6 and 11, or Muon."""
@@ -359,8 +377,24 @@ class OptimizerConfig:
   eps: float = 1e-8
   momentum: float = 0.95  # Muon's, of matrices; beta1 and beta2 of the others
   clip_norm: float = 0.2  # global gradient norm (Table 6)
+  # Factors of learning rate and weight decay, one a stage, stage 1 first: a
+  # list, or text as "0,1". A rate of 0 freezes a stage. None = 1 for each.
+  stage_lr: typing.Any = None
+  stage_decay: typing.Any = None
+  embedding_lr: float = 1.0  # factors besides, of tables that are looked up
+  head_lr: float = 1.0
+  # What weight decay leaves alone, joined by ",": norms, embeddings, head. The
+  # paper's code decays all.
+  no_decay: str = ""
 
   def __post_init__(self):
+    for name in ("stage_lr", "stage_decay"):
+      factors = _factors(f"optimizer.{name}", getattr(self, name))
+      object.__setattr__(self, name, factors)
+    for name in ("embedding_lr", "head_lr"):
+      _check_range(f"optimizer.{name}", getattr(self, name), 0)
+    for name in self.undecayed:
+      _check_choice("optimizer.no_decay", name, UNDECAYED)
     _check_choice("optimizer.name", self.name, OPTIMIZERS)
     _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
     _check_positive("optimizer.learning_rate", self.learning_rate)
@@ -377,6 +411,10 @@ class OptimizerConfig:
         f"optimizer.decay_steps={self.decay_steps} has a meaning only with "
         f"optimizer.schedule='wsd', not {self.schedule!r}."
       )
+
+  @property
+  def undecayed(self) -> tuple[str, ...]:
+    return tuple(self.no_decay.split(",")) if self.no_decay else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -439,6 +477,13 @@ class Config:
         f"train.sample_prompt has {length} bytes; this model's rows leave room "
         f"for {longest} and one byte to generate."
       )
+    for name in ("stage_lr", "stage_decay"):
+      factors = getattr(self.optimizer, name)
+      if factors is not None and len(factors) != self.model.num_stages:
+        raise ValueError(
+          f"optimizer.{name}={factors} has {len(factors)} numbers; the model "
+          f"has {self.model.num_stages} stages."
+        )
     if self.optimizer.warmup_steps >= self.train.num_steps:
       raise ValueError(
         f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be less "

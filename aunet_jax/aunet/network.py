@@ -169,6 +169,18 @@ def stack_names(config: ModelConfig) -> dict[str, int]:
   return names
 
 
+def stage_of(name: str, config: ModelConfig) -> int:
+  """Index of the stage of a part, by its name at the top of the parameters.
+
+  A transition belongs to its finer stage; what reads or predicts bytes to the
+  byte stage.
+  """
+  if name == "deepest":
+    return config.num_stages - 1
+  number = name.rpartition("_")[2]
+  return int(number) - 1 if number.isdigit() else 0
+
+
 def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
   """Parameters as the decoding loop wants them, in compute dtype or int8.
 

@@ -1,11 +1,13 @@
 """AdamW (paper Tables 6, 11) or Muon, and their learning-rate schedules."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import optax
 from optax import contrib
 
-from aunet_jax.aunet.network import init_params
+from aunet_jax.aunet.network import init_params, stage_of
 from aunet_jax.config import Config, ModelConfig, OptimizerConfig
 
 
@@ -76,14 +78,95 @@ def matrices(model: ModelConfig) -> dict:
   )
 
 
+class Factors(NamedTuple):
+  """What a parameter's learning rate and weight decay are multiplied by."""
+
+  rate: float
+  decay: float
+
+
+def _kind(names: list[str]) -> str | None:
+  """Of a parameter by its path: norms, embeddings, head; else None."""
+  if names[-1] == "scale":
+    return "norms"
+  if names[-1] in ("head", "level_head"):
+    return "head"
+  return "embeddings" if names[-1] == "embed" else None
+
+
+def factors(config: Config) -> dict:
+  """A tree like the parameters of the Factors that the config asks for."""
+  settings, model = config.optimizer, config.model
+  ones = (1.0,) * model.num_stages
+  rates = ones if settings.stage_lr is None else settings.stage_lr
+  decays = ones if settings.stage_decay is None else settings.stage_decay
+  of_kind = {"embeddings": settings.embedding_lr, "head": settings.head_lr}
+
+  def of(path, _):
+    names = [key.key for key in path]
+    stage, kind = stage_of(names[0], model), _kind(names)
+    decay = 0.0 if kind in settings.undecayed else decays[stage]
+    return Factors(rates[stage] * of_kind.get(kind, 1.0), decay)
+
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  return jax.tree_util.tree_map_with_path(
+    of, shapes, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+  )
+
+
+def _is_factors(x) -> bool:
+  return isinstance(x, Factors)
+
+
+def freeze(params: dict, tree: dict) -> dict:
+  """Parameters without a gradient where their rate in `factors` is 0."""
+  return jax.tree.map(
+    lambda f, p: p if f.rate else jax.lax.stop_gradient(p),
+    tree,
+    params,
+    is_leaf=_is_factors,
+  )
+
+
+def _scaled(
+  inner: optax.GradientTransformation, tree: dict
+) -> optax.GradientTransformation:
+  """`inner` with the learning rates and weight decays that `factors` gives.
+
+  Weight decay is all that `inner` reads parameters for. What is frozen has no
+  state, and no part in the clipped norm.
+  """
+
+  def times(name, values):
+    def of_parameter(factor, below):
+      scale = getattr(factor, name)
+      return jax.tree.map(lambda x: x if scale == 1 else scale * x, below)
+
+    return jax.tree.map(of_parameter, tree, values, is_leaf=_is_factors)
+
+  def update(grads, state, params):
+    updates, state = inner.update(grads, state, times("decay", params))
+    return times("rate", updates), state
+
+  labels = jax.tree.map(
+    lambda f: "trained" if f.rate else "frozen", tree, is_leaf=_is_factors
+  )
+  scaled = optax.GradientTransformation(inner.init, update)
+  if "frozen" not in jax.tree.leaves(labels):
+    return scaled
+  return optax.partition(
+    {"trained": scaled, "frozen": optax.set_to_zero()}, labels
+  )
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
   """Global-norm clipping, then the optimizer that the config names.
 
   Weight decay acts on every parameter, norms and embeddings included, as in
-  the official code. Muon (Jordan et al. 2024) orthogonalises the updates of
-  `matrices`, each scaled to the root mean square that AdamW's updates have
-  (arXiv 2502.16982, Section 2.2: 0.2), so that one learning rate serves both;
-  the other parameters get AdamW.
+  the official code, unless `factors` say otherwise. Muon (Jordan et al. 2024)
+  orthogonalises the updates of `matrices`, each scaled to the root mean square
+  that AdamW's updates have (arXiv 2502.16982, Section 2.2: 0.2), so that one
+  learning rate serves both; the other parameters get AdamW.
   """
   settings = config.optimizer
   schedule = learning_rate_schedule(settings, config.train.num_steps)
@@ -107,4 +190,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
       muon_weight_dimension_numbers=matrices(config.model),
       consistent_rms=0.2,
     )
-  return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+  whole = optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+  tree = factors(config)
+  if all(f == (1, 1) for f in jax.tree.leaves(tree, is_leaf=_is_factors)):
+    return whole
+  return _scaled(whole, tree)

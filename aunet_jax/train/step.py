@@ -14,6 +14,7 @@ from aunet_jax.aunet import counts, loss, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.config import Config, ModelConfig
 from aunet_jax.data import packing
+from aunet_jax.train import optimizer
 from aunet_jax.train.state import TrainState
 
 # ----- what it will take ----------------------------------------------------
@@ -26,8 +27,7 @@ def sizes_targets(config: Config) -> bool:
 
 def measure_flops_per_second(config: Config, repeats: int = 3) -> float:
   """Padded FLOPs a second of a training step here, compilation apart."""
-  from aunet_jax.aunet import sharding
-  from aunet_jax.train import optimizer, state
+  from aunet_jax.train import state
 
   mesh = sharding.make_mesh(config.mesh)
   tx = optimizer.make_optimizer(config)
@@ -100,10 +100,16 @@ def make_train_step(
   """
   model = AUNet(config.model)
   num_micro = config.train.grad_accumulation
+  factors = optimizer.factors(config)
+
+  def objective(params, batch, num_targets):
+    return loss_sums(
+      model, optimizer.freeze(params, factors), batch, num_targets
+    )
 
   def train_step(train_state, batch):
     num_targets, num_bytes = loss.count_targets(batch)
-    grad = jax.value_and_grad(loss_sums, argnums=1, has_aux=True)
+    grad = jax.value_and_grad(objective, has_aux=True)
     # At least 1: a batch of padding alone.
     divisor = jnp.maximum(num_targets.astype(jnp.float32), 1.0)
     # Gradients come in the dtype of what they are of, and are added up in it:
@@ -111,11 +117,11 @@ def make_train_step(
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), train_state.params)
 
     def micro(carry, microbatch):
-      (_, sums), grads = grad(model, wide, microbatch, divisor)
+      (_, sums), grads = grad(wide, microbatch, divisor)
       return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
     if num_micro == 1:
-      (_, sums), grads = grad(model, wide, batch, divisor)
+      (_, sums), grads = grad(wide, batch, divisor)
     else:
       zeros = jax.tree.map(jnp.zeros_like, wide)
       nothing = (jnp.float32(0), jnp.float32(0))

@@ -15,16 +15,31 @@ from optax import contrib
 
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import network, sharding
+from aunet_jax.aunet.network import AUNet
 from aunet_jax.train import __main__ as train_main
 from aunet_jax.train import optimizer, state
-from aunet_jax.train.step import make_train_step
+from aunet_jax.train.step import loss_sums, make_train_step
 
 ROOT = Path(__file__).parents[2]
+SLOW = pytest.mark.slow  # Newton-Schulz of many shapes is slow to compile
+NO_DECAY = "--config.optimizer.weight_decay=0"
 TINY = f"--config={ROOT / 'tests' / 'tiny.py'}"
 
 
 def tiny(*flags) -> config_lib.Config:
   return config_lib.parse_flags([TINY, *flags])
+
+
+def random_batch() -> dict[str, np.ndarray]:
+  B, L = 8, 128
+  bytes_BL = np.random.default_rng(0).integers(97, 123, (B, L), np.int32)
+  return {
+    "bytes": bytes_BL,
+    "targets": np.roll(bytes_BL, -1, axis=1),
+    "levels": (np.arange(L) % 5 == 0).astype(np.int32)[None].repeat(B, 0),
+    "documents": np.ones((B, L), np.int32),
+    "weights": np.ones((B, L), np.int32),
+  }
 
 
 def is_dims(x) -> bool:
@@ -99,16 +114,7 @@ def test_muon_turns_every_matrix_of_a_stack_by_itself():
 def test_muon_gives_the_same_losses_on_a_mesh():
   config = tiny("--config.optimizer.name=muon")
   tx = optimizer.make_optimizer(config)
-  rng = np.random.default_rng(0)
-  B, L = 8, 128
-  bytes_BL = rng.integers(97, 123, (B, L), np.int32)
-  batch = {
-    "bytes": bytes_BL,
-    "targets": np.roll(bytes_BL, -1, axis=1),
-    "levels": (np.arange(L) % 5 == 0).astype(np.int32)[None].repeat(B, 0),
-    "documents": np.ones((B, L), np.int32),
-    "weights": np.ones((B, L), np.int32),
-  }
+  batch = random_batch()
   losses = []
   for sizes in ((1, 1, 1), (2, 2, 2)):
     axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
@@ -156,3 +162,109 @@ def test_another_optimizer_is_named(capsys, tmp_path):
   assert train_main.main([TINY, workdir, "--config.optimizer.name=moun"]) == 2
   error = capsys.readouterr().err
   assert "optimizer.name='moun'" in error and "muon" in error
+
+
+def updates_of(config, params, grads):
+  """The update of a first step."""
+  tx = optimizer.make_optimizer(config)
+  return flat(jax.jit(tx.update)(grads, tx.init(params), params)[0])
+
+
+@pytest.fixture(scope="module")
+def leaves():
+  """Parameters and gradients of the tiny model, none of them zero."""
+  init = jax.jit(network.init_params, static_argnums=0)
+  params = sharding.unbox(init(tiny().model, jax.random.key(0)))
+  keys = iter(jax.random.split(jax.random.key(1), 99))
+  grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+  return params, grads
+
+
+def in_stage_1(name: str) -> bool:
+  return not name.startswith("deepest")
+
+
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=SLOW)])
+def test_factors_multiply_rates_and_decays(leaves, name):
+  plain = f"--config.optimizer.name={name}"
+  far = "--config.optimizer.clip_norm=1e6"  # nothing is clipped
+  params, grads = leaves
+  usual = updates_of(tiny(plain, far), params, grads)
+  bare = updates_of(tiny(plain, far, NO_DECAY), params, grads)
+  changed = updates_of(
+    tiny(
+      plain,
+      far,
+      "--config.optimizer.stage_lr=0.5,2",
+      "--config.optimizer.stage_decay=3,0",
+      "--config.optimizer.head_lr=4",
+      "--config.optimizer.no_decay=norms,embeddings",
+    ),
+    params,
+    grads,
+  )
+  for path, found in changed.items():
+    rate, decay = (0.5, 3.0) if in_stage_1(path) else (2.0, 0.0)
+    if path == "head":
+      rate *= 4
+    if path == "embed" or path.endswith("scale"):
+      decay = 0.0
+    expected = rate * (bare[path] + decay * (usual[path] - bare[path]))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=SLOW)])
+def test_a_frozen_stage_does_not_move_and_costs_nothing(leaves, name):
+  config = tiny(
+    f"--config.optimizer.name={name}", "--config.optimizer.stage_lr=0,1"
+  )
+  params, _ = leaves
+  tx = optimizer.make_optimizer(config)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  start = state.create_state(config.model, tx, mesh, 0)
+  whole = state.create_state(config.model, optimizer.make_optimizer(
+    tiny(f"--config.optimizer.name={name}")), mesh, 0)  # fmt: skip
+  size = sum(x.size for k, x in flat(start.params).items() if in_stage_1(k))
+  held = [sum(x.size for x in jax.tree.leaves(s.opt_state))
+          for s in (whole, start)]  # fmt: skip
+  assert held[0] - held[1] >= size
+  batch = random_batch()
+  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    after, metrics = jax.jit(make_train_step(config, tx))(start, batch)
+    (_, _), grads = jax.value_and_grad(loss_sums, argnums=1, has_aux=True)(
+      AUNet(config.model), start.params, batch, metrics["targets"]
+    )
+  moved = {
+    path: bool((x != y).any())
+    for (path, x), y in zip(
+      flat(start.params).items(), flat(after.params).values(), strict=True
+    )
+  }
+  assert {path for path, x in moved.items() if not x} == set(
+    filter(in_stage_1, moved)
+  )
+  trained = [g for k, g in flat(grads).items() if not in_stage_1(k)]
+  norm = math.sqrt(sum(float(jnp.square(g).sum()) for g in trained))
+  assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+  "setting, says",
+  [
+    ("stage_lr=1,2,3", "3 numbers; the model has 2 stages"),
+    ("stage_lr=-1,1", "at least 0"),
+    ("stage_decay=fast", "'fast' must be numbers"),
+    ("stage_lr=nan,1", "must be numbers"),
+    ("no_decay=norm", "Did you mean 'norms'"),
+    ("head_lr=-1", "optimizer.head_lr=-1.0"),
+  ],
+)
+def test_bad_factors_are_refused(setting, says):
+  with pytest.raises(ValueError, match=says):
+    tiny(f"--config.optimizer.{setting}")
+
+
+def test_factors_come_back_from_config_json():
+  config = tiny("--config.optimizer.stage_lr=0,0.5")
+  assert config.optimizer.stage_lr == (0.0, 0.5)
+  assert config_lib.from_json(config.to_json()) == config
