@@ -39,6 +39,17 @@ def _parser() -> argparse.ArgumentParser:
   add("--tasks", required=True, help="names, joined by commas")
   add("--include_path", metavar="DIR", help="folder of task files (YAML)")
   add("--num_fewshot", type=int, help="examples before a question")
+  add(
+    "--apply_chat_template",
+    action="store_true",
+    help="ask as a user, of a model that was tuned on conversations",
+  )
+  add(
+    "--fewshot_as_multiturn",
+    action="store_true",
+    help="examples are turns of their own",
+  )
+  add("--system_instruction", metavar="TEXT", help="what the system says first")
   add("--limit", type=int, help="questions of a task (default: all)")
   add("--batch_size", type=int, default=16, help="texts at a time (default 16)")
   add("--use_cache", metavar="FILE", help="keep answers, and use those kept")
@@ -80,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
       f"lm-evaluation-harness cannot be imported ({error}): pip install "
       f"'.[eval]'."
     ) from None
+  if args.fewshot_as_multiturn and not args.apply_chat_template:
+    raise ValueError("--fewshot_as_multiturn needs --apply_chat_template.")
   # The harness forks to bootstrap an error, and so does the writer of its
   # table, which is not used here: a fork of JAX's threads can hang.
   os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -117,11 +130,16 @@ def main(argv: list[str] | None = None) -> None:
       )  # fmt: skip
       return [one.data for one in completions]
 
-    model = HarnessModel(loaded, mesh, write, args.batch_size)
+    model = HarnessModel(
+      loaded, mesh, write, args.batch_size, args.apply_chat_template
+    )
     results = lm_eval.simple_evaluate(
       model=model,
       tasks=names,
       num_fewshot=args.num_fewshot,
+      apply_chat_template=args.apply_chat_template,
+      fewshot_as_multiturn=args.fewshot_as_multiturn,
+      system_instruction=args.system_instruction,
       limit=args.limit,
       use_cache=args.use_cache,
       task_manager=manager,

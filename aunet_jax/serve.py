@@ -14,7 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m aunet_jax.serve",
     description="A web page that writes with a trained AU-Net, and an "
-    "OpenAI-compatible /v1/completions, for programs on this machine.",
+    "OpenAI-compatible /v1/completions and /v1/chat/completions, for programs "
+    "on this machine.",
     allow_abbrev=False,
   )
   parser.add_argument("--workdir", required=True)

@@ -36,6 +36,14 @@ def make_params(config):
 
 
 @functools.cache
+def talker():
+  """The same, as if it had been tuned on conversations."""
+  config = make_config()
+  splitter = Splitter(config.rules, has_roles=True)
+  return Generator(config, make_params(config), splitter)
+
+
+@functools.cache
 def generator():
   config = make_config()
   return Generator(config, make_params(config), Splitter(config.rules))

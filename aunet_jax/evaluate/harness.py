@@ -3,6 +3,11 @@
 Texts are their UTF-8 bytes, so a context and a continuation split exactly where
 the task splits them. A request longer than a row of the model, the longest text
 it was trained on, loses the left of its context; `truncated` counts those.
+
+As a conversation (`apply_chat_template`), a context is the turns of messages
+with the marks of `data.roles`, an answer ends with END, and what is scored is a
+choice and END. The harness hands such a context on as a `str` of one character
+a byte (Latin-1), since no mark is UTF-8.
 """
 
 import dataclasses
@@ -14,6 +19,7 @@ import numpy as np
 from lm_eval.api.model import LM
 
 from aunet_jax.config import BOS, EOS
+from aunet_jax.data import roles
 from aunet_jax.evaluate import windows
 from aunet_jax.evaluate.bits_per_byte import score_windows
 from aunet_jax.evaluate.score import score
@@ -68,21 +74,60 @@ class HarnessModel(LM):
   """
 
   def __init__(
-    self, loaded, mesh: jax.sharding.Mesh, write: Write, batch_size: int = 16
+    self,
+    loaded,
+    mesh: jax.sharding.Mesh,
+    write: Write,
+    batch_size: int = 16,
+    as_chat: bool = False,
   ):
     """Args: loaded: as `aunet_jax.load` gives it, of a model of bytes.
 
     write: writes text; the generator, or what replaces it in a test.
+    as_chat: contexts come from `apply_chat_template`.
+    Raises: ValueError where the model knows no roles.
     """
+    if as_chat and not loaded.splitter.has_roles:
+      raise ValueError(
+        "--apply_chat_template is for a model that was tuned on conversations "
+        "(docs/finetuning.md); leave it out."
+      )
     super().__init__()
     self._loaded, self._mesh, self._write = loaded, mesh, write
-    self.batch_size = batch_size
+    self.batch_size, self._as_chat = batch_size, as_chat
     self.truncated = 0
 
   @property
   def max_bytes(self) -> int:
     """Of a request: a row holds BOS as well."""
     return self._loaded.model.config.capacities[0] - 1
+
+  @property
+  def tokenizer_name(self) -> str:
+    return "aunet_jax-roles"
+
+  def chat_template(self, chat_template: bool | str = False) -> str:
+    """The layout, for the harness's records."""
+    return "F8 system F9 user FA assistant FB"
+
+  def apply_chat_template(
+    self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+  ) -> str:
+    """A context out of messages; without the prompt, the last one is open.
+
+    Raises: ValueError for a role that there is not.
+    """
+    turns = [roles.turn_of(m["role"], m["content"]) for m in chat_history]
+    begun = b""
+    if not add_generation_prompt and turns[-1].role == "assistant":
+      begun = turns.pop().text
+    prompt = roles.encode_prompt(turns) + begun
+    return prompt.decode("latin-1")
+
+  def _context(self, text: str) -> bytes:
+    if self._as_chat:
+      return text.encode("latin-1")
+    return encode(text)
 
   def _cut(self, context: bytes, room: int) -> bytes:
     if len(context) <= room:
@@ -95,13 +140,15 @@ class HarnessModel(LM):
     pairs = []
     for context, continuation in (request.args for request in requests):
       continuation = encode(continuation)
+      if self._as_chat:
+        continuation += roles.END_TEXT
       if len(continuation) > self.max_bytes:
         raise ValueError(
           f"a continuation has {len(continuation)} bytes; the model reads "
           f"{self.max_bytes} at a time."
         )
       room = self.max_bytes - len(continuation)
-      pairs.append((self._cut(encode(context), room), continuation))
+      pairs.append((self._cut(self._context(context), room), continuation))
     scores = score(
       self._loaded.model.config,
       self._loaded.params,
@@ -148,13 +195,15 @@ class HarnessModel(LM):
       writing = Writing.from_request(request.args[1])
       # A prompt keeps half a row, however much a task lets a model write.
       most = min(writing.max_bytes, self.max_bytes // 2)
-      writing = dataclasses.replace(writing, max_bytes=most)
+      stop = writing.stop + (roles.END_TEXT,) * self._as_chat
+      writing = dataclasses.replace(writing, max_bytes=most, stop=stop)
       groups.setdefault(writing, []).append(number)
     texts = [""] * len(requests)
     for writing, numbers in groups.items():
       prompts = {
         n: self._cut(
-          encode(requests[n].args[0]), self.max_bytes - writing.max_bytes
+          self._context(requests[n].args[0]),
+          self.max_bytes - writing.max_bytes,
         )
         for n in numbers
       }

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from aunet_jax import terminal
-from aunet_jax.generate import utf8
+from aunet_jax.data import roles
+from aunet_jax.generate import chat, utf8
 from aunet_jax.generate.generator import Completion, Generator
 from aunet_jax.generate.sampling import Sampling, check_stops
 
@@ -30,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
       "  … --temperature=0.8 --top_p=0.95     livelier, few mistakes\n"
       "  … --stop='\\n\\n' --samples=4          four paragraphs\n"
       "  … --interactive                      type, read, type on\n"
+      "  … --chat                             talk with a tuned model\n"
     ),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
@@ -105,6 +107,13 @@ def make_parser() -> argparse.ArgumentParser:
   terminal.add_trust_rules(parser)
   add("--json", action="store_true", help="one JSON object per sample instead")
   add("--interactive", action="store_true", help="prompt again and again")
+  add(
+    "--chat",
+    action="store_true",
+    help="a conversation with a model that was tuned on some; with --prompt, "
+    "one answer",
+  )
+  add("--system", metavar="TEXT", help="what the system says before a --chat")
   return parser
 
 
@@ -215,6 +224,60 @@ def _interact(generator: Generator, prompt: bytes, settings) -> None:
     history = prompt + completion.data + b"\n"
 
 
+def _chat(generator: Generator, args, settings) -> None:
+  """One answer to --prompt, or a conversation line by line."""
+  chat.check(generator)
+  begin = []
+  if args.system is not None:
+    begin = [roles.turn_of("system", args.system)]
+  settings["stop"] = (*chat.STOPS, *settings["stop"])
+  sizes = args.max_bytes, args.max_positions
+
+  def answer(turns, text):
+    turns = [*turns, roles.turn_of("user", text)]
+    prompt = chat.prompt_of(generator, turns, *sizes)
+    (completion,) = generator.generate([prompt], on_text=_stream, **settings)
+    _write("\n")
+    return [*turns, chat.answered(completion)]
+
+  if args.prompt is not None:
+    answer(begin, args.prompt)
+    return
+  if isinstance(sys.stdin, io.TextIOWrapper):
+    sys.stdin.reconfigure(errors="surrogateescape")
+  print("Type a text and press enter; an empty line forgets, Ctrl-D ends.")
+  turns = begin
+  while True:
+    try:
+      line = input("> ")
+    except (EOFError, KeyboardInterrupt):
+      print()
+      return
+    if not line:
+      turns = begin
+      print("(new conversation)")
+      continue
+    try:
+      turns = answer(turns, line)
+    except ValueError as error:
+      print(f"error: {error}")
+
+
+def _check_chat(args) -> None:
+  """Raises: ValueError for flags that do not go with --chat."""
+  if args.system is not None and not args.chat:
+    raise ValueError("--system is for --chat; add --chat, or leave it out.")
+  others = {
+    "--interactive": args.interactive,
+    "--json": args.json,
+    "--utf8": args.utf8,  # no mark is UTF-8: a turn would never end
+    "--samples": args.samples != 1,
+  }
+  for name, given in others.items():
+    if args.chat and given:
+      raise ValueError(f"{name} and --chat do not go together; leave one out.")
+
+
 @terminal.command
 def main(argv: Sequence[str] | None = None) -> int:
   """Exit status: 0, 130 after Ctrl-C, 2 for a request that cannot be met."""
@@ -224,11 +287,15 @@ def main(argv: Sequence[str] | None = None) -> int:
       "--prompt is empty: give it a text, or leave it out to write a "
       "document from its start."
     )
+  _check_chat(args)
   prompt = _as_bytes(args.prompt or "")
   settings = _settings(args)
   generator = Generator.from_workdir(
     args.workdir, int8=args.int8, trust_rules=args.trust_rules
   )
+  if args.chat:
+    _chat(generator, args, settings)
+    return 0
   if args.interactive:
     _interact(generator, prompt, settings)
     return 0

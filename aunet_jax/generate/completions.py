@@ -143,14 +143,16 @@ def _prompts(given: Any) -> list[bytes]:
 # ----- answers --------------------------------------------------------------
 
 
-def _token(byte: int) -> str:
+def token_name(byte: int) -> str:
+  """A byte as the protocol's texts can show it."""
   if byte == EOS:
     return "<eos>"
   return chr(byte) if byte < 0x80 else f"bytes:\\x{byte:02x}"
 
 
-def _number(logprob: float) -> float:
-  return max(-9999.0, float(logprob))  # JSON has no infinity
+def finite(logprob: float) -> float:
+  """JSON has no infinity."""
+  return max(-9999.0, float(logprob))
 
 
 def _logprobs(
@@ -163,7 +165,7 @@ def _logprobs(
   """Of the bytes `data`, whose first character is number `offset`."""
   if request.logprobs is None:
     return None
-  logprobs = [_number(logprob) for logprob in logprobs]
+  logprobs = [finite(logprob) for logprob in logprobs]
   offsets = []
   decoder = codecs.getincrementaldecoder("utf-8")("replace")
   for n in range(len(data)):
@@ -174,10 +176,10 @@ def _logprobs(
     most_likely = []
     for byte, logprob, best in zip(data, logprobs, top, strict=True):
       best = list(best.items())[: request.logprobs]
-      entry = {_token(other): _number(x) for other, x in best}
-      most_likely.append(entry | {_token(byte): logprob})
+      entry = {token_name(other): finite(x) for other, x in best}
+      most_likely.append(entry | {token_name(byte): logprob})
   return {
-    "tokens": [_token(byte) for byte in data],
+    "tokens": [token_name(byte) for byte in data],
     "token_logprobs": logprobs,
     "top_logprobs": most_likely,
     "text_offset": offsets,

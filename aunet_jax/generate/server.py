@@ -7,6 +7,7 @@
                         {"characters": […], "reason": …}
   GET  /v1/models       the one model, as OpenAI's clients ask for it
   POST /v1/completions  OpenAI-compatible, see `completions`
+  POST /v1/chat/completions  of a model tuned on conversations
 
 It listens on 127.0.0.1 and answers one request at a time. Pages of other sites
 are kept out: a request must name this machine as its host, since a foreign name
@@ -24,7 +25,7 @@ import threading
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from aunet_jax.generate import completions, protocol
+from aunet_jax.generate import chat_completions, completions, protocol
 from aunet_jax.generate.generator import Generator
 
 MAX_REQUEST = 1 << 20  # bytes of a request's body
@@ -131,7 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
       elif path == "/model":
         config = self.server.generator.config
         self._reply_json(
-          200, {"stages": config.num_stages, "rules": list(config.rules)}
+          200,
+          {
+            "stages": config.num_stages,
+            "rules": list(config.rules),
+            "chat": self.server.generator.splitter.has_roles,
+          },
         )
       elif path == "/v1/models":
         self._reply_json(200, completions.models())
@@ -142,6 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
     answers = {
       "/generate": self._generate,
       "/v1/completions": self._complete,
+      "/v1/chat/completions": self._chat,
     }
     with self._refusing():
       self._check_sender()
@@ -222,6 +229,36 @@ class _Handler(BaseHTTPRequestHandler):
       return
     for chunk in answer.last(finished):
       send(json.dumps(chunk))
+    send("[DONE]")
+
+  def _chat(self, body: bytes):
+    generator = self.server.generator
+    request = chat_completions.parse_request(body, generator)
+    answer = chat_completions.Answer(request)
+
+    def send(message):
+      self._send(f"data: {message}\n\n", "text/event-stream")
+
+    def send_all(chunks):
+      if not self._begun:
+        for chunk in answer.first():
+          send(json.dumps(chunk))
+      for chunk in chunks:
+        send(json.dumps(chunk))
+
+    def on_piece(row, piece):
+      send_all([answer.piece(row, piece)])
+
+    with self.server.busy:
+      finished = generator.generate(
+        [request.prompt],
+        on_piece=on_piece if request.stream else None,
+        **request.arguments,
+      )
+    if not request.stream:
+      self._reply_json(200, answer.complete(finished))
+      return
+    send_all(answer.last(finished))
     send("[DONE]")
 
   # ----- answers ------------------------------------------------------------

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from aunet_jax.config import Config
+from aunet_jax.config import Config, DataConfig
+from aunet_jax.data import roles
 from aunet_jax.generate import __main__ as generate_main
+from aunet_jax.generate import chat
 from aunet_jax.workdir import load
-from tests.toy_generator import make_config, make_params
+from tests.toy_generator import make_config, make_params, talker
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,3 +170,57 @@ def test_ctrl_c_ends_the_command_cleanly(workdir):
   out, err = process.communicate(timeout=120)
   assert process.returncode == 130
   assert b"Traceback" not in err
+
+
+# ----- conversations ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+  path = tmp_path_factory.mktemp("tuned")
+  config = make_config()
+  params = jax.tree.map(jnp.asarray, make_params(config))
+  data = DataConfig(train="x.jsonl", format="chat")
+  load.save_params(path, Config(model=config, data=data), params)
+  return path
+
+
+def test_a_conversation_goes_on_until_it_is_forgotten(tuned):
+  flags = (f"--workdir={tuned}", "--chat", "--max_bytes=12", "--system=be it")
+  status, text, _ = command(*flags, stdin="one\ntwo\n\none\n")
+  assert status == 0 and "(new conversation)" in text
+  turns, expected = [roles.turn_of("system", "be it")], []
+  for line in ("one", "two"):
+    turns.append(roles.turn_of("user", line))
+    (answer,) = talker().generate(
+      [chat.prompt_of(talker(), turns, 12)],
+      max_bytes=12,
+      stop=chat.STOPS,
+      settings=generate_main.Sampling(temperature=0.8),
+    )
+    turns.append(chat.answered(answer))
+    expected.append(answer.text)
+  said = text.split("> ")
+  assert [said[1].rstrip("\n"), said[2].rstrip("\n")] == expected
+  assert said[4].rstrip("\n") == expected[0]
+
+
+def test_a_conversation_with_no_terminal_is_one_answer(tuned):
+  flags = (f"--workdir={tuned}", "--chat", "--max_bytes=12", "--seed=2")
+  status, text, _ = command(*flags, "--prompt=one")
+  assert status == 0 and text and "> " not in text
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (("--chat", "--utf8"), "--utf8 and --chat"),
+    (("--chat", "--json"), "--json and --chat"),
+    (("--chat", "--samples=2"), "--samples and --chat"),
+    (("--system=x",), "--system is for --chat"),
+    (("--chat", "--prompt=x"), "not tuned on conversations"),
+  ],
+)
+def test_what_does_not_go_with_a_conversation_is_said(workdir, flags, message):
+  status, out, error = command(f"--workdir={workdir}", *flags)
+  assert status == 2 and message in error and error.count("\n") == 1

@@ -108,3 +108,36 @@ def test_what_cannot_be_scored_is_named(workdir, tasks, capsys, flags, message):
   assert command.main([*base, *flags]) == 2
   error = capsys.readouterr().err
   assert message in error and "Traceback" not in error
+
+
+def test_a_tuned_model_is_asked_as_a_user(tasks, tmp_path, monkeypatch):
+  monkeypatch.setattr(os, "fork", no_fork)
+  generator = toy_generator.talker()
+  data = config_lib.DataConfig(train="x.jsonl", format="chat")
+  config = config_lib.Config(model=generator.config, data=data)
+  load.save_params(tmp_path / "run", config, generator.params)
+  output = tmp_path / "results.json"
+  flags = (
+    f"--workdir={tmp_path / 'run'}", "--tasks=little_sums",
+    f"--include_path={tasks}", f"--output={output}", "--apply_chat_template",
+    "--fewshot_as_multiturn", "--system_instruction=brief",
+  )  # fmt: skip
+  assert command.main(list(flags)) == 0
+  right = []
+  for question in QUESTIONS:
+    prompt = b"\xf8brief\xf9" + question["question"].encode() + b"\xfa"
+    scores = score.score(
+      generator.config, generator.params, generator.splitter,
+      [(prompt, c.encode() + b"\xfb") for c in question["choices"]],
+    )  # fmt: skip
+    right.append(np.argmax([one.nats for one in scores]) == question["answer"])
+  results = json.loads(output.read_text())
+  found = results["results"]["little_sums"]["acc,none"]
+  assert found == pytest.approx(np.mean(right))
+
+
+def test_a_model_of_text_is_not_asked_as_a_user(workdir, tasks, capsys):
+  flags = (f"--workdir={workdir}", f"--include_path={tasks}")
+  flags += ("--tasks=little_sums", "--apply_chat_template")
+  assert command.main(list(flags)) == 2
+  assert "tuned on conversations" in capsys.readouterr().err

@@ -10,8 +10,10 @@ pytest.importorskip("lm_eval")
 
 from aunet_jax import config as config_lib  # noqa: E402
 from aunet_jax.aunet import sharding  # noqa: E402
+from aunet_jax.data import roles  # noqa: E402
 from aunet_jax.evaluate import bits_per_byte, harness, score  # noqa: E402
-from aunet_jax.evaluate.harness import Writing  # noqa: E402
+from aunet_jax.evaluate.harness import HarnessModel, Writing  # noqa: E402
+from aunet_jax.splitting.splitter import Splitter  # noqa: E402
 from aunet_jax.workdir import load  # noqa: E402
 from tests import toy_generator  # noqa: E402
 
@@ -163,3 +165,58 @@ def test_a_prompt_keeps_half_a_row(loaded, mesh):
   model = harness.HarnessModel(loaded, mesh, write)
   model.generate_until([request("x" * 500, {}), request("x", {})])
   assert seen == [(1, 63), (64, 63)] and model.truncated == 1
+
+
+# ----- as a conversation ------------------------------------------------------
+
+MESSAGES = [
+  {"role": "system", "content": "brief"},
+  {"role": "user", "content": "a é?"},
+  {"role": "assistant", "content": "yes"},
+  {"role": "user", "content": "b \udcfa\ud800?"},
+]
+
+
+@pytest.fixture
+def talker(loaded):
+  splitter = Splitter(loaded.model.config.rules, has_roles=True)
+  return loaded._replace(splitter=splitter)
+
+
+def test_a_choice_is_scored_as_an_answer_with_its_end(talker, mesh):
+  model = HarnessModel(talker, mesh, None, 16, as_chat=True)
+  context = model.apply_chat_template(MESSAGES)
+  ((nats, _),) = model.loglikelihood([request(context, "no")])
+  turns = [roles.turn_of(m["role"], m["content"]) for m in MESSAGES]
+  prompt = roles.encode_prompt(turns)
+  assert [b for b in prompt if b >= 0xF8] == [*b"\xf8\xf9\xfa\xfb\xf9\xfa"]
+  (expected,) = score.score(
+    talker.model.config, talker.params, talker.splitter, [(prompt, b"no\xfb")]
+  )
+  assert nats == pytest.approx(expected.nats, rel=1e-5)
+  assert expected.num_bytes == 3
+
+
+def test_an_answer_that_is_begun_stays_open(talker, mesh):
+  model = HarnessModel(talker, mesh, None, 16, as_chat=True)
+  begun = [*MESSAGES, {"role": "assistant", "content": "It is"}]
+  context = model.apply_chat_template(begun, add_generation_prompt=False)
+  assert context == model.apply_chat_template(MESSAGES) + "It is"
+
+
+def test_an_answer_is_written_up_to_its_end(talker, mesh):
+  asked = []
+
+  def write(prompts, writing):
+    asked.append((prompts, writing.stop))
+    return [b"done" for _ in prompts]
+
+  model = HarnessModel(talker, mesh, write, 16, as_chat=True)
+  context = model.apply_chat_template(MESSAGES[:2])
+  assert model.generate_until([request(context, {"until": ["\n"]})]) == ["done"]
+  assert asked == [([b"\xf8brief\xf9a \xc3\xa9?\xfa"], (b"\n", b"\xfb"))]
+
+
+def test_a_model_without_roles_is_not_asked_as_a_user(loaded, mesh):
+  with pytest.raises(ValueError, match="tuned on conversations"):
+    HarnessModel(loaded, mesh, None, 16, as_chat=True)

@@ -18,14 +18,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aunet_jax.data import roles
+from aunet_jax.generate import chat
+from aunet_jax.generate.sampling import Sampling
 from aunet_jax.generate.server import MAX_REQUEST, make_server
 from aunet_jax.splitting.splitter import Splitter
-from tests.toy_generator import generator
+from tests.toy_generator import generator, talker
 
 
 @contextlib.contextmanager
-def running(**changes):
-  with make_server(generator(), 0, ["proxy.example"]) as server:
+def running(model=generator, **changes):
+  with make_server(model(), 0, ["proxy.example"]) as server:
     for name, value in changes.items():
       setattr(server, name, value)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -356,7 +359,9 @@ def test_a_port_that_is_none_is_refused(port):
 
 def test_the_page_and_the_model_are_there(url):
   with urllib.request.urlopen(url + "/model") as answer:
-    assert json.load(answer) == {"stages": 2, "rules": ["word@1"]}
+    assert json.load(answer) == {
+      "stages": 2, "rules": ["word@1"], "chat": False
+    }  # fmt: skip
   with urllib.request.urlopen(url + "/?prompt=x") as answer:
     assert b"<!doctype html>" in answer.read()
 
@@ -489,3 +494,35 @@ def test_the_page_works_in_a_browser(url, browser):
   browser.wait_for("document.getElementById('error').textContent !== ''")
   error = browser.evaluate("document.getElementById('error').textContent")
   assert "top_p=3" in error
+
+
+def test_the_page_is_a_conversation_with_a_tuned_model(browser):
+  with running(talker) as server:
+    browser.open(f"http://127.0.0.1:{server.server_port}/?max_bytes=12&seed=3")
+    browser.wait_for("document.readyState === 'complete'")
+    browser.wait_for("document.getElementById('note').textContent !== ''")
+    for number, text in enumerate(("one two", "three"), start=1):
+      browser.evaluate(
+        f"delete document.body.dataset.done;"
+        f"document.getElementById('prompt').value = {text!r};"
+        f"document.querySelector('button').click()"
+      )
+      browser.wait_for("document.body.dataset.done")
+      count = "document.querySelectorAll('#talk p').length"
+      assert browser.evaluate(count) == 2 * number
+    shown = browser.evaluate(
+      "[...document.querySelectorAll('#talk p')].map(p => p.textContent)"
+      ".join('\\0')"
+    ).split("\0")
+    turns = []
+    for n, role in enumerate(["user", "assistant"] * 2):
+      if role == "user":
+        turns.append(roles.turn_of(role, shown[n]))
+        prompt = chat.prompt_of(talker(), turns, 12)
+      else:
+        (one,) = talker().generate(
+          [prompt], max_bytes=12, seed=3, stop=chat.STOPS,
+          settings=Sampling(temperature=0.8),
+        )  # fmt: skip
+        assert shown[n] == one.text
+        turns.append(chat.answered(one))
