@@ -74,7 +74,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     "--heldout_fraction",
     type=float,
     default=0.02,
-    help="of documents, by a stable hash of their text",
+    help="of documents, by a stable hash of their text; near copies of "
+    "documents that train are not held out",
   )
   add("--seed", type=int, default=0, help="of the shuffle")
   add(

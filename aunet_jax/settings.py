@@ -253,7 +253,8 @@ class DataConfig:
   # a path or {"path": ..., "weight": ...} with weights in bytes.
   train: typing.Any = "python"
   heldout: typing.Any = None  # as train; None: a share of train's documents
-  heldout_fraction: float = 0.02  # of documents, by a stable hash of the text
+  # Of documents, by a stable hash of the text; near copies stay together.
+  heldout_fraction: float = 0.02
   text_field: str = "text"  # of JSONL objects and table rows; "a.b" goes inside
   # What a record is: a text, a prompt with its completion, or the messages of
   # a conversation. Of those two only answers are learned (docs/finetuning.md).

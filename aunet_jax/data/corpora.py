@@ -13,7 +13,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from aunet_jax import config, files
-from aunet_jax.data import conversations, indexes, packing, store
+from aunet_jax.data import (
+  conversations,
+  indexes,
+  near_copies,
+  packing,
+  store,
+)
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
 
@@ -221,11 +227,17 @@ def open_corpora(
   _report_cuts(built, log)
   if cfg.heldout is None:
     parts = tuple(i.heldout for i in built if i.heldout is not None)
+    copies = sum((index.near_copies for index in built), Counter())
+    if copies:
+      num_heldout = store.total(parts, "num_documents")
+      log(near_copies.report(copies, num_heldout))
     if not parts:
       if cfg.heldout_fraction:
         log("no document is held out; name some with data.heldout.")
       return train, None
     heldout = Corpus(parts, None, {})
+    if copies and len(built) > 1:  # each source looks at its own alone
+      _report_overlap(train, heldout, cache_dir, log)
   else:
     if not isinstance(cfg.heldout, str) and not all(
       isinstance(item, str) for item in cfg.heldout

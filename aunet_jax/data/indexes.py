@@ -21,7 +21,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from aunet_jax.data import conversations, reading, sources, store
+from aunet_jax.data import (
+  conversations,
+  near_copies,
+  reading,
+  sources,
+  store,
+)
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.files import locked
 from aunet_jax.splitting.splitter import Splitter
@@ -57,6 +63,8 @@ class Recipe:
     if self.turns is not None:
       fields["turns"] = self.turns.identity()
     fields["tokenizer"] = self.tokenizer and self.tokenizer.hash
+    if self.heldout_fraction:
+      fields["near_copies"] = near_copies.VERSION
     text = json.dumps(fields, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -129,12 +137,18 @@ def _build(
 
     train = writer("train", recipe.keep_documents)
     heldout = writer("heldout", True)
+    sides = stack.enter_context(
+      near_copies.Sides(directory / "waiting", recipe.heldout_fraction)
+    )
     for record in reading.read_all(
       files, skips, recipe.field, tally, log, recipe.separator, recipe.turns
     ):
       digest = reading.document_digest(record.text)
-      held = reading.is_heldout(digest, recipe.heldout_fraction)
-      (heldout if held else train).add(record.name, record.text, digest)
+      if not sides.waits(record.name, record.text, digest):
+        train.add(record.name, record.text, digest)
+    for name, text, digest, trains in sides.decided():
+      (train if trains else heldout).add(name, text, digest)
+      del text
     if not train.num_documents:
       raise ValueError(_nothing(recipe, tally, heldout.num_documents))
     train.finish()
@@ -150,6 +164,7 @@ def _build(
       "listing_without_dates": _listing(files, dates=False),
       "skipped": dict(tally.counts),
       "cut": {"documents": tally.cut_documents, "bytes": tally.cut_bytes},
+      "near_copies": dict(sides.near_copies),
     },
   )
 
@@ -211,6 +226,7 @@ class Index(NamedTuple):
   heldout: store.Store | None
   skipped: Counter
   cut: Counter  # documents that lost the left of a prompt, and the bytes
+  near_copies: Counter  # documents and bytes that train since one of them does
 
 
 def opened(directory: pathlib.Path, splitter: Splitter) -> Index:
@@ -222,6 +238,7 @@ def opened(directory: pathlib.Path, splitter: Splitter) -> Index:
     store.Store(heldout, splitter) if heldout.exists() else None,
     Counter(said["skipped"]),
     Counter(said.get("cut", {})),
+    Counter(said.get("near_copies", {})),  # older ones did not look for them
   )
 
 
@@ -239,16 +256,23 @@ def _same_text(
   log,
 ) -> bool:
   """Whether files hold what an index was made of; reads them."""
+  its = opened(index, recipe.splitter)
+  given_back = set(its.train.last_digests(its.near_copies["documents"]))
   found = {"train": hashlib.blake2b(digest_size=16)}
   found["heldout"] = found["train"].copy()
+  last = []  # of the training documents
   with reading.Tally(os.devnull, recipe.max_skip_fraction, log) as tally:
     for record in reading.read_all(
       files, skips, recipe.field, tally, log, recipe.separator, recipe.turns
     ):
       digest = reading.document_digest(record.text)
-      held = reading.is_heldout(digest, recipe.heldout_fraction)
-      found["heldout" if held else "train"].update(digest)
-  its = opened(index, recipe.splitter)
+      if not reading.is_heldout(digest, recipe.heldout_fraction):
+        found["train"].update(digest)
+      elif digest[:8] in given_back:
+        last.append(digest)
+      else:
+        found["heldout"].update(digest)
+  found["train"].update(b"".join(last))
   parts = {"train": its.train, "heldout": its.heldout}
   return all(
     part is None or part.summary["content"] == found[name].hexdigest()
@@ -329,7 +353,8 @@ def begun_with(
 
   def choices(recipe):
     own = [path for path in found if path.name.startswith(recipe.key + "-")]
-    return own or [path for path in found if "-" not in path.name]
+    # Older versions named indexes otherwise.
+    return own + [path for path in found if path not in own]
 
   combinations = itertools.product(*map(choices, recipes))
   for paths in itertools.islice(combinations, _MOST_COMBINATIONS):

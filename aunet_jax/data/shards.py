@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from aunet_jax.data import planner, reading, sources
+from aunet_jax.data import near_copies, planner, reading, sources
 from aunet_jax.data.reading import log_to_stderr as log
 from aunet_jax.files import Lock
 
@@ -22,7 +22,7 @@ SAMPLE_ROWS = 2000  # rows of text that a plan is made from
 
 _MARK = "being_written.lock"  # in a directory of ours that is not finished
 _OURS = {
-  _MARK, "train", "heldout", "train.scratch", "heldout.scratch",
+  _MARK, "train", "heldout", "train.scratch", "heldout.scratch", "waiting",
   "skipped.jsonl", "index.json",
 }  # fmt: skip
 
@@ -167,19 +167,26 @@ def _write_into(
     ) as tally,
     _Split(directory / "train.scratch") as train,
     _Split(directory / "heldout.scratch") as heldout,
+    near_copies.Sides(directory / "waiting", args.heldout_fraction) as sides,
   ):
     splits = {"train": train, "heldout": heldout}
     counters = {
       name: planner.SegmentCounter(splitter.num_levels) for name in splits
     }
+
+    def add(name, text):
+      splits[name].add(text)
+      counters[name].add(planner.level_blocks(splitter, text))
+
     for record in reading.read_all(
       files, skips, args.text_field, tally, log, args.separator
     ):
       digest = reading.document_digest(record.text)
-      held = reading.is_heldout(digest, args.heldout_fraction)
-      name = "heldout" if held else "train"
-      splits[name].add(record.text)
-      counters[name].add(planner.level_blocks(splitter, record.text))
+      if not sides.waits(record.name, record.text, digest):
+        add("train", record.text)
+    for _, text, _, trains in sides.decided():
+      add("train" if trains else "heldout", text)
+      del text
     if not tally.num_good:
       raise ValueError(f"{args.input} holds no documents to write.")
     index = {
@@ -188,8 +195,11 @@ def _write_into(
       "rules": rules,
       "splitter_hash": splitter.hash,
       "skipped": dict(tally.counts),
+      "near_copies": dict(sides.near_copies),
       "splits": {},
     }
+    if sides.near_copies:
+      log(near_copies.report(sides.near_copies, len(heldout.sizes)))
     for name, split in splits.items():
       if not split.sizes:
         log(f"no document falls to {name}; there is no {name} directory.")

@@ -393,6 +393,14 @@ class Store:
         block = self._digests.read(at, end)
       yield block
 
+  def last_digests(self, count: int) -> list[bytes]:
+    """First 8 bytes of the digests of the last `count` documents."""
+    if not count:
+      return []
+    with self._naming_itself():
+      end = len(self._digests)
+      return [d.tobytes() for d in self._digests.read(end - count, end)]
+
   def sizes(self) -> np.ndarray:
     """Bytes of every document, int64."""
     with self._naming_itself():
