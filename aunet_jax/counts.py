@@ -83,7 +83,7 @@ def table(result: dict) -> str:
     ("paper's accounting", "paper_train_flops_per_byte"),
     ("useful", "useful_train_flops_per_byte"),
     ("padded", "padded_train_flops_per_byte"),
-    ("repeated by remat", "remat_flops_per_byte"),
+    ("repeated backward", "remat_flops_per_byte"),
   ):
     facts.append((f"  {name}", _short(result[key])))
   facts.append(("useful / padded", f"{result['useful_over_padded']:.3f}"))

@@ -80,7 +80,7 @@ class StageConfig:
   num_kv_heads: int | None = None  # None = one per query head (no GQA)
   ffn_dim: int | None = None  # None = swiglu_dim(dim), as the paper's Table 9
   skip: bool = True  # add this stage's encoding to its upsampled input
-  remat: str = "none"  # what the backward pass recomputes: none, dots, full
+  remat: str = "dots"  # what the backward pass recomputes: none, dots, full
   attention: str = "auto"  # kernel (`attention.py`); auto: by platform
 
   def __post_init__(self):

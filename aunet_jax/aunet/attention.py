@@ -24,10 +24,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
 from aunet_jax.aunet import attention_gpu, sharding
+from aunet_jax.aunet.layers import SAVED
 from aunet_jax.config import StageConfig
 
 # Kernel -> platforms it runs on; and what `auto` takes on a platform.
@@ -140,6 +142,7 @@ def multiplied_pairs(kernel: str, length: int, window: int | None) -> int:
 # ----- xla ------------------------------------------------------------------
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise(
   q_BLHK: jax.Array,
   k_BLGK: jax.Array,
@@ -151,37 +154,62 @@ def blockwise(
 
   Position t sees key s iff 0 <= t - s < window and their documents are equal.
   Exact; softmax in float32. Memory O(L * window): positions are cut into N
-  blocks of half a window, and a block sees itself and the two before it.
+  blocks of half a window, and a block sees itself and the two before it. The
+  backward pass keeps no scores: it computes them again.
 
   Returns: o_BLHK, dtype of v_BLGK.
   """
-  B, L, H, K = q_BLHK.shape
-  G = k_BLGK.shape[2]
-  window = L if window is None else min(window, L)
+  return _blockwise_forward(q_BLHK, k_BLGK, v_BLGK, documents_BL, window)[0]
+
+
+def _block_size(length: int, window: int | None) -> tuple[int, int]:
+  """Positions of a block, and how many blocks before its own it sees."""
+  window = length if window is None else min(window, length)
   block, back = -(-window // 2), 2  # `back` blocks hold the window - 1 before
-  if block * (back + 1) >= L:
-    block, back = L, 0
-  N = -(-L // block)
+  return (length, 0) if block * (back + 1) >= length else (block, back)
 
-  def blocks(x):  # (B, ..., L, K) -> (B, ..., N, C, K)
-    axis = x.ndim - 2
-    x = jnp.pad(
-      x, [(0, N * block - L) if i == axis else (0, 0) for i in range(x.ndim)]
-    )
-    return x.reshape(*x.shape[:axis], N, block, x.shape[-1])
 
-  def with_past(x_BGNCK):  # -> x_BGNMK, M = (back + 1) * C
-    shifted = [
-      jnp.pad(x_BGNCK[:, :, : N - j], ((0, 0), (0, 0), (j, 0), (0, 0), (0, 0)))
-      for j in range(back, 0, -1)
-    ]
-    return jnp.concatenate([*shifted, x_BGNCK], axis=3)
+def _cut(x: jax.Array, block: int) -> jax.Array:
+  """(B, ..., L, K) -> (B, ..., N, C, K), the last block padded."""
+  axis, length = x.ndim - 2, x.shape[-2]
+  N = -(-length // block)
+  pads = [(0, 0)] * axis + [(0, N * block - length), (0, 0)]
+  return jnp.pad(x, pads).reshape(*x.shape[:axis], N, block, x.shape[-1])
 
-  q_BGRLK = q_BLHK.reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
-  q_BGNRCK = blocks(q_BGRLK * K**-0.5).swapaxes(2, 3)
-  k_BGNMK = with_past(blocks(k_BLGK.swapaxes(1, 2)))
-  v_BGNMK = with_past(blocks(v_BLGK.swapaxes(1, 2)))
 
+def _with_past(x_BGNCK: jax.Array, back: int) -> jax.Array:
+  """-> x_BGNMK, M = (back + 1) * C: a block after the ones it sees."""
+  N = x_BGNCK.shape[2]
+  shifted = [
+    jnp.pad(x_BGNCK[:, :, : N - j], ((0, 0), (0, 0), (j, 0), (0, 0), (0, 0)))
+    for j in range(back, 0, -1)
+  ]
+  return jnp.concatenate([*shifted, x_BGNCK], axis=3)
+
+
+def _query_blocks(x_BLHK: jax.Array, num_groups: int, block: int) -> jax.Array:
+  """-> x_BGNRCK."""
+  B, L, H, K = x_BLHK.shape
+  x_BLGRK = x_BLHK.reshape(B, L, num_groups, H // num_groups, K)
+  return _cut(x_BLGRK.transpose(0, 2, 3, 1, 4), block).swapaxes(2, 3)
+
+
+def _in_blocks(q_BLHK, k_BLGK, v_BLGK, window):
+  """-> q_BGNRCK, scaled; k_BGNMK, v_BGNMK."""
+  block, back = _block_size(q_BLHK.shape[1], window)
+  G, K = k_BLGK.shape[2:]
+  k_BGNMK, v_BGNMK = (
+    _with_past(_cut(x_BLGK.swapaxes(1, 2), block), back)
+    for x_BLGK in (k_BLGK, v_BLGK)
+  )
+  return _query_blocks(q_BLHK * K**-0.5, G, block), k_BGNMK, v_BGNMK
+
+
+def _scores(q_BGNRCK, k_BGNMK, documents_BL, window) -> jax.Array:
+  """score_BGNRCM, float32; -inf where a query does not see a key."""
+  L = documents_BL.shape[1]
+  block, back = _block_size(L, window)
+  N, window = -(-L // block), L if window is None else window
   query_1C1 = jnp.arange(block)[None, :, None]
   key_11M = jnp.arange((back + 1) * block)[None, None] - back * block
   distance_1CM = query_1C1 - key_11M
@@ -189,21 +217,26 @@ def blockwise(
   seen_NCM = (
     (distance_1CM >= 0) & (distance_1CM < window) & (first_N11 + key_11M >= 0)
   )
-  documents_B1NC1 = blocks(documents_BL[:, None, :, None])
-  documents_B1NM1 = with_past(documents_B1NC1)
+  documents_B1NC1 = _cut(documents_BL[:, None, :, None], block)
+  documents_B1NM1 = _with_past(documents_B1NC1, back)
   same_B1NCM = documents_B1NC1 == documents_B1NM1.swapaxes(3, 4)
   mask_B1N1CM = (same_B1NCM & seen_NCM[None, None])[:, :, :, None]
-
   score_BGNRCM = jnp.einsum(
     "BGNRCK,BGNMK->BGNRCM",
     q_BGNRCK,
     k_BGNMK,
     preferred_element_type=jnp.float32,
   )
-  score_BGNRCM = jnp.where(mask_B1N1CM, score_BGNRCM, -jnp.inf)
+  return jnp.where(mask_B1N1CM, score_BGNRCM, -jnp.inf)
+
+
+def _blockwise_forward(q_BLHK, k_BLGK, v_BLGK, documents_BL, window):
+  B, L, H, K = q_BLHK.shape
+  q_BGNRCK, k_BGNMK, v_BGNMK = _in_blocks(q_BLHK, k_BLGK, v_BLGK, window)
+  score_BGNRCM = _scores(q_BGNRCK, k_BGNMK, documents_BL, window)
   # Softmax, divided by its sum only after the sum over keys: K numbers a query
   # instead of M. A query always sees itself, so the peak is finite.
-  peak_BGNRC1 = jax.lax.stop_gradient(score_BGNRCM.max(axis=-1, keepdims=True))
+  peak_BGNRC1 = score_BGNRCM.max(axis=-1, keepdims=True)
   weight_BGNRCM = jnp.exp(score_BGNRCM - peak_BGNRC1)
   total_BGNRC1 = weight_BGNRCM.sum(axis=-1, keepdims=True)
   o_BGNRCK = jnp.einsum(
@@ -213,8 +246,45 @@ def blockwise(
     preferred_element_type=jnp.float32,
   )
   o_BGNRCK = (o_BGNRCK / total_BGNRC1).astype(v_BGNMK.dtype)
-  o_BLHK = o_BGNRCK.transpose(0, 2, 4, 1, 3, 5).reshape(B, N * block, H, K)
-  return o_BLHK[:, :L]
+  o_BLHK = o_BGNRCK.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, H, K)[:, :L]
+  o_BLHK = checkpoint_name(o_BLHK, SAVED)
+  log_total_BGNRC1 = checkpoint_name(peak_BGNRC1 + jnp.log(total_BGNRC1), SAVED)
+  kept = (q_BLHK, k_BLGK, v_BLGK, documents_BL, o_BLHK, log_total_BGNRC1)
+  return o_BLHK, kept
+
+
+def _blockwise_backward(window, kept, do_BLHK):
+  q_BLHK, k_BLGK, v_BLGK, documents_BL, o_BLHK, log_total_BGNRC1 = kept
+  blocks, from_blocks = jax.vjp(
+    functools.partial(_in_blocks, window=window), q_BLHK, k_BLGK, v_BLGK
+  )
+  q_BGNRCK, k_BGNMK, v_BGNMK = blocks
+  G, C = k_BGNMK.shape[1], q_BGNRCK.shape[4]
+  do_BGNRCK = _query_blocks(do_BLHK, G, C)
+  # How far a query's scores together move its output (Dao et al. 2022,
+  # arXiv 2205.14135, Appendix B.2).
+  moved_BLH1 = (do_BLHK.astype(jnp.float32) * o_BLHK).sum(-1, keepdims=True)
+  moved_BGNRC1 = _query_blocks(moved_BLH1, G, C)
+
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  score_BGNRCM = _scores(q_BGNRCK, k_BGNMK, documents_BL, window)
+  weight_BGNRCM = jnp.exp(score_BGNRCM - log_total_BGNRC1)
+  dv_BGNMK = product(
+    "BGNRCM,BGNRCK->BGNMK", weight_BGNRCM.astype(do_BLHK.dtype), do_BGNRCK
+  )
+  dweight_BGNRCM = product("BGNRCK,BGNMK->BGNRCM", do_BGNRCK, v_BGNMK)
+  dscore_BGNRCM = weight_BGNRCM * (dweight_BGNRCM - moved_BGNRC1)
+  dscore_BGNRCM = dscore_BGNRCM.astype(q_BLHK.dtype)
+  dq_BGNRCK = product("BGNRCM,BGNMK->BGNRCK", dscore_BGNRCM, k_BGNMK)
+  dk_BGNMK = product("BGNRCM,BGNRCK->BGNMK", dscore_BGNRCM, q_BGNRCK)
+  gradients = (dq_BGNRCK, dk_BGNMK, dv_BGNMK)
+  gradients = from_blocks(
+    tuple(d.astype(x.dtype) for d, x in zip(gradients, blocks, strict=True))
+  )
+  return *gradients, None
+
+
+blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 # ----- one device's part ----------------------------------------------------
@@ -301,6 +371,7 @@ def _splash_rows(q_BLHK, k_BLGK, v_BLGK, documents_BL, *, window, interpret):
     head_shards=1,
     q_seq_shards=1,
     interpret=interpret,
+    residual_checkpoint_name=SAVED,
   )
   o_BHLK = jax.vmap(kernel)(
     by_head(q_BLHK * K**-0.5),

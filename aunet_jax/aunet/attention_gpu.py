@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from aunet_jax.aunet.layers import SAVED
 
 BLOCK_C, BLOCK_M = 128, 64  # forward; L is padded to the larger one
 
@@ -325,7 +328,10 @@ def _flash(options, q_BLHK, k_BLGK, v_BLGK, documents_BL):
 
 
 def _flash_fwd(options, q_BLHK, k_BLGK, v_BLGK, documents_BL):
-  o_BLHK, sum_BHL = _forward(options, q_BLHK, k_BLGK, v_BLGK, documents_BL)
+  o_BLHK, sum_BHL = (
+    checkpoint_name(x, SAVED)
+    for x in _forward(options, q_BLHK, k_BLGK, v_BLGK, documents_BL)
+  )
   return o_BLHK, (q_BLHK, k_BLGK, v_BLGK, documents_BL, o_BLHK, sum_BHL)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from aunet_jax.aunet.cache import HISTORY, Write
-from aunet_jax.aunet.layers import kernel, norm_of, project, rms_norm
+from aunet_jax.aunet.layers import SAVED, kernel, norm_of, project, rms_norm
 from aunet_jax.aunet.quantize import matmul
 from aunet_jax.aunet.segments import piece_positions
 from aunet_jax.aunet.self_attention import SelfAttention
@@ -126,7 +126,10 @@ class Block(nn.Module):
 
 
 _REMAT_POLICIES = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(SAVED),
+  ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 

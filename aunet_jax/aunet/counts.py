@@ -12,6 +12,10 @@ from aunet_jax.aunet.block import Block, SwiGLU, mixer_of
 from aunet_jax.aunet.transition import Pool, upsampling_of
 from aunet_jax.config import ModelConfig
 
+# Of an attention kernel's two products forward, the backward pass forms one
+# again rather than keep it.
+SCORES_AGAIN = 0.5
+
 
 def _layers(model: ModelConfig, i: int) -> int:
   """Blocks of stage i + 1, on both paths together."""
@@ -169,17 +173,15 @@ def useful_train_flops(
 
 
 def remat_flops_per_row(model: ModelConfig, platform: str = "cpu") -> float:
-  """Padded FLOPs of a row that the backward pass computes once more."""
-  again = {
-    "none": (),
-    "dots": ("scores",),  # products with a batch dim are not kept
-    "full": ("projections", "scores", "ffn"),
-  }
+  """Padded FLOPs of a row that the backward pass computes once more.
+
+  No attention kernel keeps its scores; what remat repeats comes on top.
+  """
+  again = {"none": (), "dots": (), "full": ("projections", "scores", "ffn")}
   forward = padded_forward_flops(model, platform=platform)
   return sum(
-    kinds[kind]
+    SCORES_AGAIN * kinds["scores"] + sum(kinds[k] for k in again[stage.remat])
     for stage, kinds in zip(model.stages, forward, strict=True)
-    for kind in again[stage.remat]
   )
 
 

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 
 from aunet_jax.config import ModelConfig
 
+# Name of what the backward pass needs of an attention kernel's forward pass
+# besides its inputs: cheap to keep, dear to compute again.
+SAVED = "attention"
+
 
 def fan_in_init(fan_in: int, names: tuple[str, ...]):
   """Truncated normal, std fan_in^-0.5, cut at 3 std; dims named for sharding.

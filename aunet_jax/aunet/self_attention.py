@@ -253,13 +253,12 @@ class SelfAttention(nn.Module):
   @staticmethod
   def saved_bytes(stage: StageConfig, itemsize: int) -> int:
     """Rough bytes of one row that the backward pass needs, by remat policy."""
+    if stage.remat == "full":
+      return 0
     qkv = (stage.num_heads + 2 * stage.kv_heads) * stage.head_dim
-    numbers = {"none": stage.dim + 2 * qkv, "dots": stage.dim + qkv, "full": 0}
-    size = stage.capacity * numbers[stage.remat] * itemsize
-    if stage.remat == "none":  # scores float32, weights in the compute dtype
-      pairs = attention.multiplied_pairs("xla", stage.capacity, stage.window)
-      size += pairs * stage.num_heads * (4 + itemsize)
-    return size
+    rotated = qkv if stage.remat == "none" else 0
+    numbers = 2 * stage.dim + qkv + rotated  # in and out of the kernel
+    return stage.capacity * (numbers * itemsize + 4 * stage.num_heads)
 
   @staticmethod
   def cache_bytes(stage: StageConfig, itemsize: int) -> int:

@@ -165,7 +165,7 @@ def check_flops(config: Config, mesh) -> dict:
       twos = tuple(2 if j == i else 1 for j in range(model.num_stages))
       total += (stage.num_layers - 1) * (counted(twos) - base)
   platform = sharding.platform(mesh)
-  seen = 0
+  seen = again = 0
   for stage, kinds in zip(
     model.stages,
     counts.padded_forward_flops(model, rows, platform),
@@ -174,11 +174,13 @@ def check_flops(config: Config, mesh) -> dict:
     unseen = ["upsample"]
     if attention.pick(stage.attention, platform) != "xla":
       unseen.append("scores")
+    else:
+      again += counts.SCORES_AGAIN * kinds["scores"]
     seen += sum(n for kind, n in kinds.items() if kind not in unseen)
   for fine, coarse in zip(model.stages, model.stages[1:], strict=False):
     if model.parametric:
       seen += 2 * coarse.capacity * fine.dim * coarse.dim
-  expected = 3 * rows * seen / mesh.shape["tensor"]
+  expected = rows * (3 * seen + again) / mesh.shape["tensor"]
   accumulation = config.train.grad_accumulation
   return {
     "counted_by_xla": total * accumulation,
@@ -356,7 +358,8 @@ def table(result: dict) -> str:
         f"  useful     {flops['useful'] / 1e12:.2f} T  real positions and "
         f"unmasked keys",
         f"  padded     {flops['padded'] / 1e12:.2f} T  what kernels multiply",
-        f"  repeated   {flops['repeated_by_remat'] / 1e12:.2f} T  by remat",
+        f"  repeated   {flops['repeated_by_remat'] / 1e12:.2f} T  by the "
+        f"backward pass",
       ]
     if "check" in program:
       check = program["check"]

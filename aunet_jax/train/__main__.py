@@ -13,11 +13,16 @@ import signal
 import statistics
 import sys
 
+from aunet_jax import terminal
+
+if __name__ == "__main__":
+  terminal.use_huge_pages()
+
 import absl.logging
 import jax
 
 from aunet_jax import config as config_lib
-from aunet_jax import files, terminal
+from aunet_jax import files
 from aunet_jax.aunet import devices
 from aunet_jax.data import roles
 from aunet_jax.evaluate import bits_per_byte

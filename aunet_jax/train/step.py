@@ -137,11 +137,7 @@ def make_train_step(
     updates, opt_state = tx.update(
       grads, train_state.opt_state, train_state.params
     )
-    finite = (
-      jnp.isfinite(nats)
-      & jnp.isfinite(grad_norm)
-      & jnp.isfinite(optax.tree.norm(updates))
-    )
+    finite = jnp.isfinite(nats) & jnp.isfinite(grad_norm)
     params = optax.apply_updates(train_state.params, updates)
 
     def keep_finite(new, old):
