@@ -112,6 +112,34 @@ def test_every_room_is_in_the_table_and_says_what_it_is():
     assert "first" in ast.get_docstring(tree), room
 
 
+# Modules without a test file of their name, and why.
+UNTESTED = {"lingua": "the stable name of convert.lingua"}
+
+
+def may_test(module: str) -> set[str]:
+  """Where the tests of a module may be, below `tests`.
+
+  Names of test files are unique: one that another room or a command has taken
+  begins with its room, or ends with "_command".
+  """
+  *room, name = module.split(".")
+  if name == "__main__":
+    return {f"commands/test_{room[0]}.py"}
+  if not room:
+    commands = {f"commands/test_{name}.py", f"commands/test_{name}_command.py"}
+    return commands | {f"test_{name}.py"}
+  return {f"{room[0]}/test_{name}.py", f"{room[0]}/test_{room[0]}_{name}.py"}
+
+
+@pytest.mark.parametrize("module", sorted(files()))
+def test_every_module_has_a_test_file(module):
+  if module.endswith("__init__"):
+    return
+  tests = PACKAGE.parent / "tests"
+  found = any((tests / path).exists() for path in may_test(module))
+  assert found != (module in UNTESTED), sorted(may_test(module))
+
+
 def test_no_module_imports_itself_in_a_circle():
   edges = {
     module: {target for target in targets if target != "__init__"}

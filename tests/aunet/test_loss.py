@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aunet_jax import config as config_lib
 from aunet_jax.aunet import loss
 from aunet_jax.config import EOS
 
@@ -54,3 +55,13 @@ def test_bits_per_byte_needs_a_byte():
   assert loss.bits_per_byte(math.log(2), 1) == pytest.approx(1.0)
   with pytest.raises(ValueError, match="at least one byte"):
     loss.bits_per_byte(1.0, 0)
+
+
+def test_level_targets_are_the_levels_of_the_next_bytes():
+  levels_BL = jnp.array([[2, 0, 1, 2, 0, 0]])
+  documents_BL = jnp.array([[1, 1, 1, 2, 2, 0]])
+  targets_BL = jnp.array([[65, 66, config_lib.EOS, 65, 66, 0]])
+  level_BL, known_BL = loss.target_levels(levels_BL, documents_BL, targets_BL)
+  # The cut piece's last target (66, document 2) lies in another row.
+  np.testing.assert_array_equal(known_BL, [[1, 1, 1, 1, 0, 0]])
+  np.testing.assert_array_equal(level_BL[0, :4], [0, 1, 0, 0])

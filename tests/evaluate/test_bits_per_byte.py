@@ -15,8 +15,7 @@ from aunet_jax.aunet import loss, network
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.evaluate import __main__ as evaluate_main
 from aunet_jax.evaluate import bits_per_byte
-from aunet_jax.splitting.splitter import Splitter
-from aunet_jax.workdir import layout, load
+from aunet_jax.workdir import load
 from tests.toy_workdir import TEXTS, write_texts, write_workdir
 
 
@@ -212,12 +211,6 @@ def test_compressors_see_no_more_than_they_are_given(max_bytes):
   assert found["gzip -9"] == 8 * len(gzip.compress(start, 9)) / len(start)
   packed = lzma.compress(start, preset=9)
   assert found["xz -9"] == 8 * len(packed) / len(start)
-
-
-def test_a_changed_splitting_table_is_refused(workdir):
-  host = {"splitter_hash": "0123"}
-  with pytest.raises(layout.CheckpointError, match="split text differ"):
-    load.check_splitter(host, Splitter(["word@1"]))
 
 
 def test_no_bytes_have_no_bits():

@@ -225,19 +225,3 @@ def test_a_missing_process_is_said_after_the_timeout(tmp_path, corpus):
   _, error = process.communicate()
   assert process.returncode == 1, error  # a launcher may try again
   assert "did not all connect within 3 s" in error
-
-
-@pytest.mark.parametrize(
-  "flags",
-  [
-    ["--num_processes=2"],
-    ["--process_id=0"],
-    ["--coordinator=localhost:1"],
-    ["--coordinator=localhost:1", "--multihost"],
-  ],
-)
-def test_flags_that_contradict_each_other_are_refused(flags, capsys, tmp_path):
-  from aunet_jax.train import __main__ as train_main
-
-  assert train_main.main(["--config=x", f"--workdir={tmp_path}", *flags]) == 2
-  assert "--coordinator" in capsys.readouterr().err

@@ -268,3 +268,15 @@ def test_factors_come_back_from_config_json():
   config = tiny("--config.optimizer.stage_lr=0,0.5")
   assert config.optimizer.stage_lr == (0.0, 0.5)
   assert config_lib.from_json(config.to_json()) == config
+
+
+def test_schedules_meet_their_ends():
+  base = config_lib.OptimizerConfig(learning_rate=1.0, warmup_steps=10)
+  cosine = optimizer.learning_rate_schedule(base, 100)
+  np.testing.assert_allclose([cosine(0), cosine(9)], [0.1, 1.0], rtol=1e-6)
+  np.testing.assert_allclose(cosine(99), 0.01, rtol=1e-4)
+  wsd = optimizer.learning_rate_schedule(
+    dataclasses.replace(base, schedule="wsd", decay_steps=20), 100
+  )
+  np.testing.assert_allclose([wsd(50), wsd(79)], [1.0, 1.0])
+  np.testing.assert_allclose(wsd(99), 0.01, rtol=1e-4)

@@ -108,3 +108,10 @@ def test_an_older_config_has_the_defaults_of_newer_settings(tmp_path):
   del values["checkpoint"]["every_minutes"], values["train"]["hang_seconds"]
   (tmp_path / layout.CONFIG_FILE).write_text(json.dumps(values))
   assert layout.read_config(tmp_path) == config
+
+
+def test_rows_past_the_restored_step_and_torn_lines_are_removed(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
+  layout.drop_rows_after(path, 4)
+  assert path.read_text() == '{"step": 2}\n{"step": 4}\n'

@@ -3,7 +3,6 @@
 The runs are real: the command line in this process or another, on real files.
 """
 
-import dataclasses
 import json
 import os
 import resource
@@ -14,33 +13,29 @@ import sys
 import time
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from aunet_jax import config as config_lib
 from aunet_jax import terminal
-from aunet_jax.aunet import loss, network, sharding
-from aunet_jax.aunet.network import AUNet
-from aunet_jax.data import packing
+from aunet_jax.aunet import sharding
 from aunet_jax.generate.generator import Generator
-from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import __main__ as train_main
-from aunet_jax.train import cluster, loop, metrics, optimizer, state
+from aunet_jax.train import loop
 from aunet_jax.train import step as step_lib
-from aunet_jax.train.step import make_train_step
 from aunet_jax.workdir import layout, load
+from tests.tiny_runs import (
+  TEXT,
+  TINY,
+  new_params,
+  rows,
+  run,
+  tiny,
+  write_corpus,
+)
 
 ROOT = Path(__file__).parents[2]
-TINY = "--config=tests/tiny.py"
-ONE_DEVICE = config_lib.MeshConfig(data=1, fsdp=1, tensor=1)
-TEXT = (
-  "The byte is small. The word is longer, and a sentence of words is longer "
-  "still; 1234 numbers count too.\n"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -51,47 +46,6 @@ def _in_root(monkeypatch):
 @pytest.fixture
 def corpus(tmp_path) -> Path:
   return write_corpus(tmp_path / "corpus")
-
-
-def write_corpus(folder: Path) -> Path:
-  folder.mkdir()
-  rng = np.random.default_rng(0)
-  words = TEXT.split()
-  for i in range(40):
-    chosen = rng.choice(words, size=int(rng.integers(5, 200)))
-    (folder / f"{i}.txt").write_text(" ".join(chosen) + f" {i}\n")
-  return folder
-
-
-def tiny(corpus=None, **overrides) -> config_lib.Config:
-  flags = [f"--config.{k}={v}" for k, v in overrides.items()]
-  if corpus is not None:
-    flags += [
-      f"--config.data.train={corpus}",
-      "--config.data.heldout_fraction=0.1",
-    ]
-  return config_lib.parse_flags([TINY, *flags])
-
-
-def run(corpus, workdir, *flags) -> int:
-  return train_main.main(
-    [
-      TINY,
-      f"--workdir={workdir}",
-      f"--config.data.train={corpus}",
-      "--config.data.heldout_fraction=0.1",
-      *flags,
-    ]
-  )
-
-
-def rows(workdir, *names) -> list[tuple]:
-  """(step, loss_nats or held-out loss) of every logged row."""
-  lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-  return [
-    (row["step"], row.get("loss_nats"), row.get("heldout_loss_nats"))
-    for row in map(json.loads, lines)
-  ]
 
 
 @pytest.fixture(scope="module")
@@ -108,135 +62,7 @@ def finished(tmp_path_factory) -> Path:
   return folder / "run"
 
 
-@pytest.fixture
-def batch(corpus) -> dict:
-  config = tiny()
-  documents = [p.read_bytes() for p in sorted(corpus.iterdir())]
-  packed = packing.pack_documents(
-    documents, Splitter(config.model.rules), config.model.capacities
-  )
-  return {
-    name: np.stack([row[name] for row in packed[:8]]) for name in packed[0]
-  }
-
-
-def new_params(config: config_lib.ModelConfig, key: jax.Array) -> dict:
-  init = jax.jit(network.init_params, static_argnums=0)
-  return sharding.unbox(init(config, key))
-
-
-def step_on(mesh_config, config, batch, num_steps=1):
-  """Losses and final parameters of some steps on one batch."""
-  sizes = [mesh_config.data, mesh_config.fsdp, mesh_config.tensor]
-  devices = jax.devices()[: int(np.prod(sizes))]
-  mesh = sharding.make_mesh(mesh_config, devices)
-  tx = optimizer.make_optimizer(config)
-  train_state = state.create_state(config.model, tx, mesh, config.seed)
-  where = sharding.batch_sharding(mesh)
-  placed = {k: jax.device_put(v, where) for k, v in batch.items()}
-  losses = []
-  with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    step = jax.jit(make_train_step(config, tx))
-    for _ in range(num_steps):
-      train_state, step_metrics = step(train_state, placed)
-      losses.append(
-        float(step_metrics["nats"]) / float(step_metrics["targets"])
-      )
-  return losses, jax.device_get(train_state.params)
-
-
 # ----- the step -------------------------------------------------------------
-
-
-def test_step_is_adamw_on_the_mean_over_all_targets(batch):
-  config = tiny()
-  tx = optimizer.make_optimizer(config)
-  params = new_params(config.model, jax.random.key(config.seed))
-  model = AUNet(config.model)
-
-  def mean_nats(p):
-    logits_BLV = model.apply(
-      {"params": p}, batch["bytes"], batch["levels"], batch["documents"]
-    )
-    log_BLV = jax.nn.log_softmax(logits_BLV)
-    picked_BL = jnp.take_along_axis(
-      log_BLV, jnp.asarray(batch["targets"])[..., None], axis=-1
-    )[..., 0]
-    return -(picked_BL * batch["weights"]).sum() / batch["weights"].sum()
-
-  value, grads = jax.jit(jax.value_and_grad(mean_nats))(params)
-  updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-  expected = optax.apply_updates(params, updates)
-  losses, got = step_on(ONE_DEVICE, config, batch)
-  assert losses[0] == pytest.approx(float(value), rel=1e-5)
-  # Adam divides by sqrt of the squared gradient: tiny gradients amplify
-  # rounding, so the bound is a small part of the learning rate.
-  rate = config.optimizer.learning_rate
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=0.02 * rate),
-    got,
-    jax.device_get(expected),
-  )
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
-def test_every_mesh_gives_the_same_losses(batch, shape):
-  config = tiny()
-  one, _ = step_on(ONE_DEVICE, config, batch, 4)
-  sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
-  other, _ = step_on(config_lib.MeshConfig(**sizes), config, batch, 4)
-  np.testing.assert_allclose(other, one, rtol=1e-5)
-  assert one[-1] < one[0]
-
-
-def test_microbatches_equal_one_batch(batch):
-  config = tiny()
-  mesh = config_lib.MeshConfig(data=2, fsdp=1, tensor=1)
-  whole, _ = step_on(mesh, config, batch, 3)
-  split = dataclasses.replace(
-    config, train=dataclasses.replace(config.train, grad_accumulation=4)
-  )
-  parts, _ = step_on(mesh, split, batch, 3)
-  np.testing.assert_allclose(parts, whole, rtol=1e-5)
-
-
-def test_no_large_parameter_is_replicated_by_accident():
-  config = tiny()
-  tx = optimizer.make_optimizer(config)
-  mesh = sharding.make_mesh(config_lib.MeshConfig(data=1, fsdp=4, tensor=2))
-  abstract, shardings = state.abstract_state(config.model, tx, mesh)
-  whole = []
-  for (path, leaf), where in zip(
-    jax.tree_util.tree_leaves_with_path(abstract),
-    jax.tree.leaves(shardings),
-    strict=True,
-  ):
-    name = jax.tree_util.keystr(path)
-    table = "embed" in name or "head" in name  # 258 rows: whole on purpose
-    if leaf.size >= 1024 and where.is_fully_replicated and not table:
-      whole.append(name)
-  assert not whole
-
-
-def test_a_step_that_is_not_finite_changes_nothing(batch):
-  config = tiny()
-  tx = optimizer.make_optimizer(config)
-  params = new_params(config.model, jax.random.key(0))
-  params["head"] = params["head"].at[0, 0].set(jnp.inf)
-  zero = jnp.zeros((), jnp.int32)
-  before = state.TrainState(zero, params, tx.init(params), zero, zero)
-  after, _ = jax.jit(make_train_step(config, tx))(before, batch)
-  for old, new in zip(
-    jax.tree.leaves((before.params, before.opt_state)),
-    jax.tree.leaves((after.params, after.opt_state)),
-    strict=True,
-  ):
-    np.testing.assert_array_equal(old, new)
-  assert (after.step, after.nonfinite_in_row, after.nonfinite_total) == (
-    1,
-    1,
-    1,
-  )
 
 
 def test_a_run_that_stays_nonfinite_stops_and_says_where(
@@ -312,50 +138,6 @@ def test_without_a_checkpoint_to_go_back_to_the_run_stops(
   assert "not finite in the last 3 steps" in capsys.readouterr().err
 
 
-def test_a_loss_that_stands_out_is_logged_once_and_after_a_resume_too():
-  rng = np.random.default_rng(0)
-
-  def step_metrics(bits):
-    return {
-      "nats": np.float32(bits * np.log(2) * 1000),
-      "bytes": np.int32(1000),
-      "grad_norm": np.float32(1),
-    }
-
-  interval = metrics.Interval()
-  assert interval.spike(1, step_metrics(50.0), 6) is None  # nothing to compare
-  for step in range(2, 302):
-    usual = step_metrics(2 + 0.05 * rng.standard_normal())
-    assert interval.spike(step, usual, 6) is None
-  assert interval.spike(302, step_metrics(np.nan), 6) is None
-  resumed = metrics.Interval(json.loads(json.dumps(interval.to_json())))
-  row = interval.spike(303, step_metrics(3.5), 6)
-  assert row == resumed.spike(303, step_metrics(3.5), 6)
-  assert row["step"] == 303 and row["spike_bits_per_byte"] > 3.4
-  assert row["usual_bits_per_byte"] < 3
-  assert interval.spike(304, step_metrics(2.0), 6) is None
-
-
-def test_a_profile_of_the_steps_asked_for(corpus, tmp_path, capsys):
-  flags = ("--profile=2:3", "--config.train.num_steps=4")
-  assert run(corpus, tmp_path / "run", *flags) == 0
-  assert "profile of steps up to 3" in capsys.readouterr().out
-  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-  for wrong in ("5", "3:2", "0:1", "a:b"):
-    assert run(corpus, tmp_path / "run", f"--profile={wrong}") == 2
-    assert f"--profile={wrong} must be" in capsys.readouterr().err
-
-
-def test_level_targets_are_the_levels_of_the_next_bytes():
-  levels_BL = jnp.array([[2, 0, 1, 2, 0, 0]])
-  documents_BL = jnp.array([[1, 1, 1, 2, 2, 0]])
-  targets_BL = jnp.array([[65, 66, config_lib.EOS, 65, 66, 0]])
-  level_BL, known_BL = loss.target_levels(levels_BL, documents_BL, targets_BL)
-  # The cut piece's last target (66, document 2) lies in another row.
-  np.testing.assert_array_equal(known_BL, [[1, 1, 1, 1, 0, 0]])
-  np.testing.assert_array_equal(level_BL[0, :4], [0, 1, 0, 0])
-
-
 def test_the_level_head_trains_and_writes(corpus, tmp_path):
   flags = ("--config.model.level_loss_weight=0.5", "--config.train.num_steps=4")
   assert run(corpus, tmp_path / "run", *flags) == 0
@@ -366,18 +148,6 @@ def test_the_level_head_trains_and_writes(corpus, tmp_path):
   for levels in ("rule", "head"):
     (row,) = writer.generate([b"The "], max_bytes=8, levels=levels)
     assert len(row.levels) == len(row.data)
-
-
-def test_schedules_meet_their_ends():
-  base = config_lib.OptimizerConfig(learning_rate=1.0, warmup_steps=10)
-  cosine = optimizer.learning_rate_schedule(base, 100)
-  np.testing.assert_allclose([cosine(0), cosine(9)], [0.1, 1.0], rtol=1e-6)
-  np.testing.assert_allclose(cosine(99), 0.01, rtol=1e-4)
-  wsd = optimizer.learning_rate_schedule(
-    dataclasses.replace(base, schedule="wsd", decay_steps=20), 100
-  )
-  np.testing.assert_allclose([wsd(50), wsd(79)], [1.0, 1.0])
-  np.testing.assert_allclose(wsd(99), 0.01, rtol=1e-4)
 
 
 # ----- stopping and resuming ------------------------------------------------
@@ -443,13 +213,6 @@ def test_kill_9_at_any_step_then_the_same_command_repeats_every_loss(
   assert kills == 2
   assert process.returncode == 0, process.stderr.read()
   assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-
-
-def test_rows_past_the_restored_step_and_torn_lines_are_removed(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
-  layout.drop_rows_after(path, 4)
-  assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 
 def test_a_finished_run_says_so_and_changes_nothing(corpus, tmp_path, capsys):
@@ -538,57 +301,6 @@ def test_two_runs_do_not_share_a_workdir(finished, capsys):
     assert run(corpus, finished, "--config.train.num_steps=6") == 2
   assert "another process is training in" in capsys.readouterr().err
   assert run(corpus, finished, "--config.train.num_steps=6") == 0
-
-
-@pytest.mark.parametrize(
-  ("backend", "set_to", "expected"),
-  [
-    ("tpu", None, "aunet_jax/compiled"),
-    ("gpu", "/elsewhere", "/elsewhere"),
-    ("gpu", "", ""),
-    ("cpu", None, None),
-  ],
-)
-def test_compiled_programs_are_kept_on_accelerators(
-  backend, set_to, expected, monkeypatch, tmp_path
-):
-  before = jax.config.jax_compilation_cache_dir
-  monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  try:
-    jax.config.update("jax_compilation_cache_dir", set_to)
-    cluster.keep_compiled_programs()
-    found = jax.config.jax_compilation_cache_dir
-  finally:
-    jax.config.update("jax_compilation_cache_dir", before)
-  if set_to is None and expected is not None:
-    expected = str(tmp_path / expected)
-  assert found == expected
-
-
-def test_an_interval_without_a_finite_loss_is_null():
-  config = tiny()
-  interval = metrics.Interval()
-  step_metrics = {
-    "nats": np.float32("nan"),
-    "level_nats": np.float32(0),
-    "targets": np.float32(10),
-    "bytes": np.int32(9),
-    "positions": np.array([10, 3]),
-    "grad_norm": np.float32("inf"),
-    "nonfinite_in_row": np.int32(1),
-    "nonfinite_total": np.int32(1),
-  }
-  interval.add(step_metrics)
-  row = interval.row(config, 1, step_metrics)
-  assert (row["loss_nats"], row["bits_per_byte"], row["grad_norm"]) == (
-    None,
-  ) * 3
-  assert row["bytes_seen"] == 9
-  interval.add(step_metrics | {"nats": np.float32(7.0)})
-  assert interval.row(config, 2, step_metrics)["loss_nats"] == pytest.approx(
-    0.7
-  )
 
 
 @pytest.mark.parametrize(
@@ -706,14 +418,6 @@ def test_a_disk_too_small_for_a_checkpoint_is_said_before_it_is_written(
   error = capsys.readouterr().err
   assert "MB free; free some space" in error
   assert layout.steps(small_disk / "run") == []
-
-
-def test_a_row_that_cannot_be_written_names_its_file(tmp_path):
-  log = metrics.Log(tmp_path, tiny(), step=0, active=True)
-  (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-  with pytest.raises(OSError, match="No space left.*metrics.jsonl"):
-    log.row({"step": 1})
-  log.close()
 
 
 @pytest.mark.parametrize("flag", ["--workdir", "--config.data.cache_dir"])
