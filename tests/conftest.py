@@ -22,15 +22,22 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
-# A shell that starts the tests in the background ignores SIGINT, and so would
-# every process that they start and interrupt.
+# A shell that starts the tests in the background ignores SIGINT, and nohup
+# ignores SIGHUP; so would every process that they start and signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+  """Files that start runs come first, so that none is left over at the end."""
+  first = ("/train/", "/commands/", "/generate/")
+  items.sort(key=lambda item: not any(x in str(item.path) for x in first))
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = 20
+STEPS = 9
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def free_port() -> int:
 
 
 def two_processes(
-  workdir, corpus, *flags, num_devices=4
+  workdir, corpus, *flags, num_devices=2
 ) -> list[subprocess.Popen]:
   address = f"--coordinator=localhost:{free_port()}"
   return [
