@@ -69,6 +69,7 @@ __all__ = [
   "TrainConfig",
   "runs_code",
   "swiglu_dim",
+  "around_model",
   "as_config",
   "default",
   "from_config_dict",
@@ -119,6 +120,21 @@ def default(
   values = _defaults(Config) | {"model": _defaults(ModelConfig)}
   config = ml_collections.ConfigDict(values, type_safe=False)
   config.model.stages = tuple(stages)
+  return config
+
+
+def around_model(path: str) -> ml_collections.ConfigDict:
+  """A full ConfigDict with every default but the model of another config.
+
+  Args: path: a config file, or the config.json of a run.
+  Raises: ValueError where it is none, or names code as a splitting rule.
+  """
+  values = _read_file(path, trusted=False)
+  model = _build(Config, values, f"--config={path}").model
+  config = default([stage(**dataclasses.asdict(s)) for s in model.stages])
+  for field in dataclasses.fields(model):
+    if field.name != "stages":
+      config.model[field.name] = getattr(model, field.name)
   return config
 
 

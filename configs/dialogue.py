@@ -1,0 +1,37 @@
+"""Answers in the manner of a play.
+
+  python -m aunet_jax.finetune_data dialogue --input=tinyshakespeare.txt \\
+      --output=data/dialogue
+  python -m aunet_jax.train --config=configs/dialogue.py --workdir=runs/dialogue
+  python -m aunet_jax.answers --workdir=runs/dialogue \\
+      --data=data/dialogue/heldout.jsonl
+
+Begins with runs/quickstart. For another model, name its config and workdir:
+--config=configs/dialogue.py:runs/mine/config.json \\
+    --config.train.init_from=runs/mine
+Reached: not run yet.
+"""
+
+import pathlib
+
+from aunet_jax import config
+
+QUICKSTART = pathlib.Path(__file__).with_name("quickstart.py")
+
+
+def get_config(model=str(QUICKSTART)):
+  c = config.around_model(model)
+  c.data.format = "chat"
+  c.data.train = "data/dialogue/train.jsonl"
+  c.data.heldout = "data/dialogue/heldout.jsonl"
+  c.train.init_from = "runs/quickstart"
+  c.train.num_steps = 400
+  c.train.batch_size = 4
+  c.train.eval_every_steps = 200
+  c.train.sample_bytes = 0
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = 20
+  c.optimizer.weight_decay = 0.0
+  c.optimizer.clip_norm = 1.0
+  c.checkpoint.every_steps = 100
+  return c

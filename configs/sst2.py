@@ -1,0 +1,37 @@
+"""SST-2: is a sentence of a film review positive or negative?
+
+  python -m aunet_jax.finetune_data sst2 --input=sst2_val.jsonl \\
+      --output=data/sst2
+  python -m aunet_jax.train --config=configs/sst2.py --workdir=runs/sst2
+  python -m aunet_jax.answers --workdir=runs/sst2 \\
+      --data=data/sst2/heldout.jsonl --labels=positive,negative
+
+Begins with runs/quickstart. For another model, name its config and workdir:
+--config=configs/sst2.py:runs/mine/config.json \\
+    --config.train.init_from=runs/mine
+Reached: not run yet.
+"""
+
+import pathlib
+
+from aunet_jax import config
+
+QUICKSTART = pathlib.Path(__file__).with_name("quickstart.py")
+
+
+def get_config(model=str(QUICKSTART)):
+  c = config.around_model(model)
+  c.data.format = "completion"
+  c.data.train = "data/sst2/train.jsonl"
+  c.data.heldout = "data/sst2/heldout.jsonl"
+  c.train.init_from = "runs/quickstart"
+  c.train.num_steps = 200
+  c.train.batch_size = 4
+  c.train.eval_every_steps = 100
+  c.train.sample_bytes = 0
+  c.optimizer.learning_rate = 5e-4
+  c.optimizer.warmup_steps = 20
+  c.optimizer.weight_decay = 0.0
+  c.optimizer.clip_norm = 1.0
+  c.checkpoint.every_steps = 100
+  return c

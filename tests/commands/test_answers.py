@@ -1,0 +1,124 @@
+"""How often a tuned model answers as the data does."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from aunet_jax import answers, finetune_data, terminal
+from aunet_jax.config import Config, DataConfig
+from aunet_jax.evaluate import score
+from aunet_jax.train import __main__ as train_main
+from aunet_jax.workdir import load
+from tests.toy_generator import make_config, make_params, talker
+
+ROOT = Path(__file__).parents[2]
+RECORDS = [
+  {"prompt": f"{n}?", "completion": ("yes", "no")[n % 3 > 0]} for n in range(6)
+]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  data = DataConfig(train="x.jsonl", format="completion")
+  params = jax.tree.map(jnp.asarray, make_params(make_config()))
+  config = Config(model=make_config(), data=data)
+  load.save_params(tmp_path / "run", config, params)
+  lines = "".join(json.dumps(r) + "\n" for r in RECORDS)
+  (tmp_path / "asked.jsonl").write_text(lines)
+  return tmp_path / "run"
+
+
+def ask(workdir, *flags) -> int:
+  data = workdir.parent / "asked.jsonl"
+  return answers.main([f"--workdir={workdir}", f"--data={data}", *flags])
+
+
+def test_the_likeliest_label_is_the_answer(workdir, capsys):
+  assert ask(workdir, "--labels=yes,no") == 0
+  total = json.loads(capsys.readouterr().out.splitlines()[-1])
+  right = 0
+  for record in RECORDS:
+    prompt = b"\xf9" + record["prompt"].encode() + b"\xfa"
+    yes, no = score.score(
+      talker().config, talker().params, talker().splitter,
+      [(prompt, b"yes\xfb"), (prompt, b"no\xfb")],
+    )  # fmt: skip
+    right += ("no", "yes")[yes.nats > no.nats] == record["completion"]
+  assert total == {"questions": 6, "exact": right / 6, "word_f1": right / 6}
+
+
+def test_without_labels_it_writes(workdir, tmp_path):
+  output = tmp_path / "out.jsonl"
+  flags = ("--limit=3", "--max_bytes=8", f"--output={output}")
+  assert ask(workdir, *flags) == 0
+  rows = [json.loads(line) for line in output.read_text().splitlines()]
+  assert [row["expected"] for row in rows] == ["yes", "no", "no"]
+  assert all(0 < len(row["answer"]) <= 8 for row in rows)
+
+
+@pytest.mark.parametrize(
+  ("said", "expected", "f1"),
+  [
+    ("The cat.", "a cat", 1.0),
+    ("a big cat", "cat", 2 / 3),
+    ("dog", "cat", 0.0),
+    ("", "cat", 0.0),
+    ("the", "a", 1.0),
+    ("cat cat", "cat", 2 / 3),
+  ],
+)
+def test_words_overlap_as_squad_counts_them(said, expected, f1):
+  assert answers.word_f1(said, expected) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--limit=0"], "--limit=0 must be positive"),
+    (["--data=/no/such.jsonl"], "/no/such.jsonl"),
+    (["--workdir=/no/such"], "no such workdir"),
+  ],
+)
+def test_what_cannot_be_asked_is_named(workdir, capsys, flags, message):
+  assert ask(workdir, *flags) == terminal.EXIT_BAD_INPUT
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow  # two trainings of some minutes each
+@pytest.mark.parametrize("recipe", ["sst2", "dialogue"])
+def test_64_records_are_memorised_to_the_byte(
+  recipe, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(ROOT)
+  if recipe == "sst2":
+    records = [
+      {"sentence": f"film {n * n} was seen {n % 7}", "label": n * n % 5 % 2}
+      for n in range(64)
+    ]
+    content = "".join(json.dumps(r) + "\n" for r in records)
+  else:
+    content = "\n\n".join(
+      f"{'AB'[n % 2]}:\nI say {n * n * 37 % 1009} to {n % 13}."
+      for n in range(256)
+    )
+  (tmp_path / "in").write_text(content)
+  made = [recipe, f"--input={tmp_path / 'in'}", f"--output={tmp_path}"]
+  assert finetune_data.main([*made, "--heldout_fraction=0"]) == 0
+  model = "--config.model.stages"
+  flags = (
+    f"--config=configs/{recipe}.py", f"--workdir={tmp_path / 'run'}",
+    "--config.train.init_from=None", "--config.data.heldout=None",
+    "--config.data.heldout_fraction=0", "--config.mesh.data=1",
+    f"--config.data.train={tmp_path / 'train.jsonl'}",
+    f"{model}[0].dim=64", f"{model}[1].dim=128", f"{model}[1].num_layers=2",
+    f"{model}[0].capacity=512", f"{model}[1].capacity=160",
+    "--config.train.num_steps=600", "--config.optimizer.learning_rate=3e-3",
+  )  # fmt: skip
+  assert train_main.main(list(flags)) == 0
+  data = f"--data={tmp_path / 'train.jsonl'}"
+  assert answers.main([f"--workdir={tmp_path / 'run'}", data]) == 0
+  total = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert total == {"questions": 64, "exact": 1.0, "word_f1": 1.0}
