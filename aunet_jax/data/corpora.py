@@ -268,6 +268,7 @@ def open_text(
   text_field: str = "text",
   tokenizer: Tokenizer | None = None,
   log=print,
+  separator: str | None = None,
 ) -> Corpus:
   """Text to evaluate: every document that fits a row is in one piece.
 
@@ -280,6 +281,7 @@ def open_text(
     capacities=tuple(capacities),
     tokenizer=tokenizer,
     text_field=text_field,
+    separator=separator,
     keep_documents=True,
     purpose="to evaluate",
   )

@@ -46,6 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     "--text_field", default="text", help="field of JSONL and Parquet records"
   )
   parser.add_argument(
+    "--separator",
+    help="between the documents of a text file: line, blank_line or any "
+    "string (default: a file is a document)",
+  )
+  parser.add_argument(
     "--official_scoring",
     action="store_true",
     help="score as the official evaluation does, without the final norm",
@@ -79,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
   args = parser.parse_args(argv)
   if args.batch_size < 1:
     parser.error(f"--batch_size={args.batch_size} must be positive")
+  if args.separator == "":
+    parser.error('--separator="" cannot separate; give a string')
   if args.compressor_bytes < 0:
     parser.error(f"--compressor_bytes={args.compressor_bytes} is below 0")
   with contextlib.ExitStack() as stack:
@@ -97,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
       args.int8,
       trust_rules=args.trust_rules,
       stride=args.stride,
+      separator=args.separator,
       compressor_bytes=args.compressor_bytes,
       **options,
     )

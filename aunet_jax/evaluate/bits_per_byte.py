@@ -184,6 +184,7 @@ def evaluate_workdir(
   *,
   trust_rules: bool = False,
   stride: int | None = None,
+  separator: str | None = None,
   compressor_bytes: int = 16 << 20,
   on_document: Callable[[dict], None] = lambda row: None,
 ) -> dict:
@@ -196,6 +197,7 @@ def evaluate_workdir(
     trust_rules: see `aunet_jax.load`.
     stride: positions between the windows of a document that is longer than a
       row; None = they are disjoint.
+    separator: between the documents of a text file, as `data.separator`.
     compressor_bytes: of the text to give to compressors for comparison.
     on_document: takes the scores of every document, in order.
   Raises: ValueError, CheckpointError.
@@ -223,7 +225,14 @@ def evaluate_workdir(
     ids, unit_bytes = (tokenizer.bos, tokenizer.eos), tokenizer.num_bytes
   with tempfile.TemporaryDirectory() as cache:
     corpus = corpora.open_text(
-      paths, loaded.splitter, capacities, cache, text_field, tokenizer, log
+      paths,
+      loaded.splitter,
+      capacities,
+      cache,
+      text_field,
+      tokenizer,
+      log,
+      separator,
     )
     names = []
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -38,6 +39,38 @@ def test_names_that_are_no_utf8_are_evaluated(workdir, tmp_path, capfdbinary):
     row = json.loads(file.readline())
   assert os.fsencode(row["name"]).endswith(b"\xfe.txt")
   assert row["bytes"] == len(TEXTS[0])
+
+
+def test_a_separator_cuts_text_files(workdir, tmp_path, capsys):
+  (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\nthree\n")
+  flags = [f"--workdir={workdir}", f"--data={tmp_path}/a.txt"]
+  for separator, expected in [
+    ([], (1, 15)),
+    (["--separator=line"], (3, 11)),
+  ]:
+    assert evaluate_main.main([*flags, *separator]) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (result["documents"], result["bytes"]) == expected
+  with pytest.raises(SystemExit):
+    evaluate_main.main([*flags, "--separator="])
+  assert "cannot separate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_a_billion_layers_in_a_config_are_refused(
+  workdir, texts, capsys, unroll, tmp_path
+):
+  shutil.copytree(workdir, tmp_path / "run")
+  path = tmp_path / "run" / "config.json"
+  content = json.loads(path.read_text())
+  content["model"]["unroll_layers"] = unroll
+  content["model"]["stages"][0]["num_layers"] = 10**9
+  path.write_text(json.dumps(content))
+  flags = [f"--workdir={tmp_path}/run", f"--data={texts}"]
+  assert evaluate_main.main(flags) != 0
+  error = capsys.readouterr().err
+  assert "cannot be read" in error and str(10**9) in error
+  assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("stride", [0, -1, 129])
