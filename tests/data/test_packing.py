@@ -224,3 +224,30 @@ def test_many_tiny_documents_fill_their_rows(size):
   rows += packer.finish()
   for row in rows[:-1]:
     assert sum(p.stop - p.start for p in row) > 0.98 * row_length
+
+
+def test_rows_come_while_documents_do(monkeypatch):
+  monkeypatch.setattr(packing, "WINDOW_ROWS", 2)
+  packer = packing.Packer(SpaceSplitter(), (24, 8, 4))
+  rows = [list(packer.add(n, b"x" * 11)) for n in range(20)]
+  # Rows of two documents; each that comes beyond two rows of text closes one.
+  assert [len(found) for found in rows] == [0] * 4 + [1, 0] * 8
+  assert len(list(packer.finish())) == 2
+
+
+def test_the_largest_document_is_cut_not_the_oldest():
+  packer = packing.Packer(SpaceSplitter(), (24, 8, 4))
+  for number, size in enumerate([11, 12, 14]):
+    assert not list(packer.add(number, b"x" * size))
+  first, second = packer.finish()
+  spans = [[(p.document, p.start, p.stop) for p in r] for r in (first, second)]
+  assert spans == [[(0, 0, 12), (2, 0, 12)], [(1, 0, 13), (2, 12, 15)]]
+
+
+@pytest.mark.parametrize("eos", [255, 2**15 - 1, 2**15, 2**15 + 5, 2**16])
+def test_large_ids_of_tokens_are_kept(eos):
+  piece = packing.Piece(0, 0, 3, np.zeros(1, np.int32))
+  units = [np.array([1, 2], np.uint32)]
+  row = packing.fill_row([piece], units, SpaceSplitter(), 4, eos - 1, eos)
+  assert row["bytes"].tolist() == [eos - 1, 1, 2, 0]
+  assert row["targets"].tolist() == [1, 2, eos, 0]
