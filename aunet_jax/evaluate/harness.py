@@ -133,7 +133,23 @@ class HarnessModel(LM):
     if len(context) <= room:
       return context
     self.truncated += 1
+    if self._as_chat:
+      return self._forget(context, room)
     return context[len(context) - room :]
+
+  def _forget(self, context: bytes, room: int) -> bytes:
+    """A conversation's oldest text goes, and no mark is left without its text.
+
+    Raises: ValueError where what the assistant has begun alone does not fit.
+    """
+    turns = roles.decode(context)  # the last is the assistant's, still open
+    shorter = roles.shorten(turns, lambda some: len(roles.encode(some)) <= room)
+    if shorter is None:
+      raise ValueError(
+        f"an answer that is begun with {len(turns[-1].text)} bytes leaves no "
+        f"room for a question in the {self.max_bytes} bytes of a row."
+      )
+    return roles.encode(shorter).removesuffix(roles.END_TEXT)
 
   def loglikelihood(self, requests, disable_tqdm: bool = False):
     """[(nats, whether greedy)] of every (context, continuation)."""

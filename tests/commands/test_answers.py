@@ -1,6 +1,9 @@
 """How often a tuned model answers as the data does."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +13,6 @@ import pytest
 from aunet_jax import answers, finetune_data, terminal
 from aunet_jax.config import Config, DataConfig
 from aunet_jax.evaluate import score
-from aunet_jax.train import __main__ as train_main
 from aunet_jax.workdir import load
 from tests.toy_generator import make_config, make_params, talker
 
@@ -87,12 +89,20 @@ def test_what_cannot_be_asked_is_named(workdir, capsys, flags, message):
   assert message in capsys.readouterr().err
 
 
+def run(module: str, *flags: str) -> str:
+  """A command in a process of its own, on one device."""
+  env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", module, *flags]
+  done = subprocess.run(
+    command, env=env, cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
 @pytest.mark.slow  # two trainings of some minutes each
 @pytest.mark.parametrize("recipe", ["sst2", "dialogue"])
-def test_64_records_are_memorised_to_the_byte(
-  recipe, tmp_path, monkeypatch, capsys
-):
-  monkeypatch.chdir(ROOT)
+def test_64_records_are_memorised_to_the_byte(recipe, tmp_path):
   if recipe == "sst2":
     records = [
       {"sentence": f"film {n * n} was seen {n % 7}", "label": n * n % 5 % 2}
@@ -111,14 +121,14 @@ def test_64_records_are_memorised_to_the_byte(
   flags = (
     f"--config=configs/{recipe}.py", f"--workdir={tmp_path / 'run'}",
     "--config.train.init_from=None", "--config.data.heldout=None",
-    "--config.data.heldout_fraction=0", "--config.mesh.data=1",
+    "--config.data.heldout_fraction=0",
     f"--config.data.train={tmp_path / 'train.jsonl'}",
     f"{model}[0].dim=64", f"{model}[1].dim=128", f"{model}[1].num_layers=2",
     f"{model}[0].capacity=512", f"{model}[1].capacity=160",
     "--config.train.num_steps=600", "--config.optimizer.learning_rate=3e-3",
   )  # fmt: skip
-  assert train_main.main(list(flags)) == 0
+  run("aunet_jax.train", *flags)
   data = f"--data={tmp_path / 'train.jsonl'}"
-  assert answers.main([f"--workdir={tmp_path / 'run'}", data]) == 0
-  total = json.loads(capsys.readouterr().out.splitlines()[-1])
+  out = run("aunet_jax.answers", f"--workdir={tmp_path / 'run'}", data)
+  total = json.loads(out.splitlines()[-1])
   assert total == {"questions": 64, "exact": 1.0, "word_f1": 1.0}

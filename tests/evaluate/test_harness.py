@@ -217,6 +217,25 @@ def test_an_answer_is_written_up_to_its_end(talker, mesh):
   assert asked == [([b"\xf8brief\xf9a \xc3\xa9?\xfa"], (b"\n", b"\xfb"))]
 
 
+def test_a_conversation_past_the_row_forgets_its_oldest_turns(talker, mesh):
+  asked = []
+
+  def write(prompts, writing):
+    asked.extend(prompts)
+    return [b"" for _ in prompts]
+
+  model = HarnessModel(talker, mesh, write, 16, as_chat=True)
+  long = [
+    {"role": "user", "content": "a" * 60},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c" * 70 + "é"},
+  ]
+  options = {"max_gen_toks": 1}  # 5 bytes of the 127
+  model.generate_until([request(model.apply_chat_template(long), options)])
+  assert asked == [b"\xf9" + b"c" * 70 + b"\xc3\xa9\xfa"]
+  assert model.truncated == 1
+
+
 def test_a_model_without_roles_is_not_asked_as_a_user(loaded, mesh):
   with pytest.raises(ValueError, match="tuned on conversations"):
     HarnessModel(loaded, mesh, None, 16, as_chat=True)
