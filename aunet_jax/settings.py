@@ -82,6 +82,7 @@ class StageConfig:
   skip: bool = True  # add this stage's encoding to its upsampled input
   remat: str = "dots"  # what the backward pass recomputes: none, dots, full
   attention: str = "auto"  # kernel (`attention.py`); auto: by platform
+  qk_norm: bool = False  # RMSNorm of every query and key before RoPE
 
   def __post_init__(self):
     for name in ("dim", "num_layers", "head_dim", "capacity"):
@@ -135,6 +136,10 @@ class ModelConfig:
   document_mask: bool = True  # False: rows are one document (official code)
   final_norm: bool = True  # False: logits as the official evaluation's
   level_loss_weight: float = 0.0  # > 0 adds the level head and its loss
+  logit_cap: float | None = None  # c: logits become c tanh(logits / c)
+  tie_embeddings: bool = False  # the head is the byte table, turned
+  ngram_rows: int = 0  # of each table of n-grams, a power of two; 0 = none
+  ngram_longest: int = 8  # bytes; there is a table for each n from 3 to it
   dtype: str = "bfloat16"  # compute; norms, softmax, logits, loss: float32
   param_dtype: str = "float32"
   unroll_layers: bool = False  # True: no loop over layers in the program
@@ -165,6 +170,15 @@ class ModelConfig:
     _check_range("model.level_loss_weight", self.level_loss_weight, 0)
     _check_range("model.vocab_size", self.vocab_size, VOCAB_SIZE)
     _check_positive("model.rope_theta", self.rope_theta)
+    _check_range("model.ngram_rows", self.ngram_rows, 0, 2**28)
+    _check_range("model.ngram_longest", self.ngram_longest, 3, 32)
+    if self.ngram_rows & (self.ngram_rows - 1):
+      raise ValueError(
+        f"model.ngram_rows={self.ngram_rows} must be a power of two; try "
+        f"{1 << self.ngram_rows.bit_length()}."
+      )
+    if self.logit_cap is not None:
+      _check_positive("model.logit_cap", self.logit_cap)
     _check_positive("model.norm_eps", self.norm_eps)
     _check_positive("model.head_norm_eps", self.head_eps)
 
@@ -485,6 +499,11 @@ class Config:
           f"optimizer.{name}={factors} has {len(factors)} numbers; the model "
           f"has {self.model.num_stages} stages."
         )
+    if self.model.tie_embeddings and self.optimizer.head_lr != 1:
+      raise ValueError(
+        f"optimizer.head_lr={self.optimizer.head_lr}: with "
+        f"model.tie_embeddings there is no head; set optimizer.embedding_lr."
+      )
     if self.optimizer.warmup_steps >= self.train.num_steps:
       raise ValueError(
         f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be less "

@@ -113,7 +113,7 @@ class Block(nn.Module):
     return {
       mixer.NAME: mixer.num_weights(stage),
       "ffn": SwiGLU.num_weights(stage),
-      "norms": 2 * stage.dim,
+      "norms": 2 * stage.dim + mixer.num_small(stage),
     }
 
   @staticmethod

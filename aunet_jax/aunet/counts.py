@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from aunet_jax.aunet import ngrams
 from aunet_jax.aunet.block import Block, SwiGLU, mixer_of
 from aunet_jax.aunet.transition import Pool, upsampling_of
 from aunet_jax.config import ModelConfig
@@ -45,7 +46,11 @@ def parameters(model: ModelConfig) -> tuple[dict[str, int], ...]:
     more = []
     if i == 0:
       matrix = model.vocab_size * stage.dim
-      more.append({"embedding": matrix, "head": matrix, "norms": stage.dim})
+      head = 0 if model.tie_embeddings else matrix
+      more.append({"embedding": matrix, "head": head, "norms": stage.dim})
+      if model.ngram_rows:
+        rows = ngrams.num_sizes(model) * model.ngram_rows
+        more.append({"ngrams": rows * stage.dim})
       if model.level_loss_weight > 0:
         width = 2 * stage.dim
         more.append({"level head": width * model.num_stages, "norms": width})
@@ -248,7 +253,7 @@ def collective_bytes(
   layered = gathered_once = gathered_twice = whole = 0
   for kinds in parameters(model):
     gathered_twice += kinds.get("pool", 0)
-    gathered_once += kinds.get("upsample", 0)
+    gathered_once += kinds.get("upsample", 0) + kinds.get("ngrams", 0)
     copied = sum(
       kinds.get(kind, 0)
       for kind in ("norms", "embedding", "head", "level head")

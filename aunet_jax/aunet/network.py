@@ -25,6 +25,7 @@ from aunet_jax.aunet import attention, quantize, sharding
 from aunet_jax.aunet.block import Stack
 from aunet_jax.aunet.cache import HISTORY
 from aunet_jax.aunet.layers import fan_in_init, norm_of, project, rms_norm
+from aunet_jax.aunet.ngrams import NGrams
 from aunet_jax.aunet.quantize import matmul
 from aunet_jax.aunet.segments import piece_starts, segment
 from aunet_jax.aunet.transition import Pool, upsampling_of
@@ -77,15 +78,21 @@ class AUNet(nn.Module):
     embed_init = fan_in_init(D, ("vocab", "activation"))
     embed_VD = self.param("embed", embed_init, (V, D), param_dtype)
     x_BLD = embed_VD.astype(dtype)[bytes_BL]
+    if config.ngram_rows:
+      x_BLD = NGrams(config, name="ngrams")(x_BLD, bytes_BL, documents_BL)
     x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "activation"))
     x_BLD = self._stage(0, x_BLD, levels_BL, documents_BL)
 
     h_BLD = norm_of(config, config.head_eps)(name="norm")(x_BLD)
     h_BLD = h_BLD if config.final_norm else x_BLD
-    head_DV = self.param(
-      "head", fan_in_init(D, ("activation", "vocab")), (D, V), param_dtype
-    )
+    if config.tie_embeddings:
+      head_DV = embed_VD.T
+    else:
+      head_DV = self.param(
+        "head", fan_in_init(D, ("activation", "vocab")), (D, V), param_dtype
+      )
     logits_BLV = project(h_BLD, head_DV.astype(dtype), dtype=jnp.float32)
+    logits_BLV = capped(config, logits_BLV)
     if config.level_loss_weight == 0:
       return logits_BLV
     level_logits_BLP = self._level_head(x_BLD, embed_VD, targets_BL)
@@ -147,6 +154,12 @@ class AUNet(nn.Module):
     return project(h_BLD, kernel_DP.astype(h_BLD.dtype), dtype=jnp.float32)
 
 
+def capped(config: ModelConfig, logits: jax.Array) -> jax.Array:
+  """c tanh(logits / c), which keeps logits within -c to c."""
+  cap = config.logit_cap
+  return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
 def init_params(config: ModelConfig, key: jax.Array):
   """Parameters with their logical dims (boxed), for one PRNG key."""
   # Parameters depend neither on the row, where a short one is cheap, nor on
@@ -191,11 +204,17 @@ def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
   def matrix(w_DE):
     return quantize.quantize(w_DE) if int8 else w_DE.astype(dtype)
 
+  embed_VD = params["embed"]
+  head = matrix(embed_VD.T if config.tie_embeddings else params["head"])
+  if config.tie_embeddings and int8:  # one table, so rounded as one
+    embed_VD = (head.value_DE * head.scale_E[None]).T
   weights = {
-    "embed": params["embed"].astype(dtype),
-    "head": matrix(params["head"]),
+    "embed": embed_VD.astype(dtype),
+    "head": head,
     "norm": params["norm"]["scale"] if config.final_norm else None,
   }
+  if config.ngram_rows:
+    weights["ngrams"] = params["ngrams"]["table"].astype(dtype)
   if config.level_loss_weight > 0:
     weights["level_norm"] = params["level_norm"]["scale"]
     weights["level_head"] = params["level_head"].astype(dtype)
@@ -212,17 +231,26 @@ def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
 
 def round_params(params: dict, config: ModelConfig) -> dict:
   """Parameters with the values that `make_weights` keeps with int8."""
-  contracted = {"head": (0,)} | Pool.CONTRACTED
+  head = {"embed": (1,)} if config.tie_embeddings else {"head": (0,)}
+  contracted = head | Pool.CONTRACTED
   contracted |= upsampling_of(config).CONTRACTED
   for stage in config.stages:
     contracted |= Stack.contracted(stage)
   return quantize.round_params(params, contracted)
 
 
+def embed(weights, config, byte_C, recent_CM):
+  """A byte's vector, and the newest bytes, which n-grams need, with it."""
+  x_CD = weights["embed"][byte_C]
+  if not config.ngram_rows:
+    return x_CD, recent_CM
+  return NGrams.step(weights["ngrams"], config, x_CD, byte_C, recent_CM)
+
+
 def logits(weights, config, h_CD):
   if config.final_norm:
     h_CD = rms_norm(h_CD, weights["norm"], config.head_eps)
-  return matmul(h_CD, weights["head"], jnp.float32)
+  return capped(config, matmul(h_CD, weights["head"], jnp.float32))
 
 
 def predicted_level(weights, config, h_CD, byte_C):

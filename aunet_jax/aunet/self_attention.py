@@ -8,7 +8,7 @@ A *mixer* is one class that holds all that is known of it, as this one:
   cache_slots, fill, blank, write
                        the cache between positions: sized, made, changed
   CONTRACTED           which dims int8 shares a scale over
-  num_weights, flops, paper_flops, saved_bytes, cache_bytes
+  num_weights, num_small, flops, paper_flops, saved_bytes, cache_bytes
                        counts of one block
 
 `block.mixer_of` names the mixer of a stage; nothing else knows which it is.
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from aunet_jax.aunet import attention, cache
 from aunet_jax.aunet.cache import put, put_slot, take
-from aunet_jax.aunet.layers import kernel, project
+from aunet_jax.aunet.layers import RMSNorm, kernel, project, rms_norm
 from aunet_jax.aunet.quantize import matmul
 from aunet_jax.config import ModelConfig, StageConfig
 
@@ -53,6 +53,9 @@ def apply_rope(x_BLHK: jax.Array, cos_BLJ, sin_BLJ) -> jax.Array:
   cos, sin = cos_BLJ[:, :, None, :], sin_BLJ[:, :, None, :]
   rotated = (first * cos - second * sin, second * cos + first * sin)
   return jnp.concatenate(rotated, axis=-1).astype(x_BLHK.dtype)
+
+
+QK_EPS = 1e-6  # of the RMSNorm of queries and keys
 
 
 class Rings(NamedTuple):
@@ -140,8 +143,12 @@ class SelfAttention(nn.Module):
     v_DGK = kernel(self, "value", *into_keys)
     o_HKD = kernel(self, "out", D, (H, K, D), ("heads", "head_dim", "embed"))
 
-    q_BLHK = apply_rope(project(x_BLD, q_DHK), *tables)
-    k_BLGK = apply_rope(project(x_BLD, k_DGK), *tables)
+    q_BLHK, k_BLGK = project(x_BLD, q_DHK), project(x_BLD, k_DGK)
+    if stage.qk_norm:
+      param_dtype = jnp.dtype(self.model.param_dtype)
+      q_BLHK = RMSNorm(QK_EPS, param_dtype, name="query_norm")(q_BLHK)
+      k_BLGK = RMSNorm(QK_EPS, param_dtype, name="key_norm")(k_BLGK)
+    q_BLHK, k_BLGK = apply_rope(q_BLHK, *tables), apply_rope(k_BLGK, *tables)
     v_BLGK = project(x_BLD, v_DGK)
     self.sow(cache.HISTORY, "keys", k_BLGK)  # kept only where asked for
     self.sow(cache.HISTORY, "values", v_BLGK)
@@ -168,7 +175,12 @@ class SelfAttention(nn.Module):
       ],
       axis=2,
     )
-    return {
+    norms = {
+      name: params[name]["scale"]
+      for name in ("query_norm", "key_norm")
+      if name in params
+    }
+    return norms | {
       "qkv": matrix(qkv_DGMK.reshape(D, -1)),
       "out": matrix(params["out"].reshape(-1, D)),
     }
@@ -181,6 +193,9 @@ class SelfAttention(nn.Module):
     qkv_CGMK = matmul(x_CD, weights["qkv"]).reshape(C, G, -1, K)
     q_CHK, k_CGK = qkv_CGMK[:, :, :-2].reshape(C, H, K), qkv_CGMK[:, :, -2]
     v_CGK = qkv_CGMK[:, :, -1]
+    if stage.qk_norm:
+      q_CHK = rms_norm(q_CHK, weights["query_norm"], QK_EPS)
+      k_CGK = rms_norm(k_CGK, weights["key_norm"], QK_EPS)
     q_CHK = apply_rope(q_CHK[:, None], *tables)[:, 0]
     k_CGK = apply_rope(k_CGK[:, None], *tables)[:, 0]
     y_CD = _attend_rows((q_CHK, k_CGK, v_CGK, position_C), rings, rows_C)
@@ -224,6 +239,11 @@ class SelfAttention(nn.Module):
   def num_weights(stage: StageConfig) -> int:
     """Of its matrices, each used once a position."""
     return stage.dim * stage.head_dim * 2 * (stage.num_heads + stage.kv_heads)
+
+  @staticmethod
+  def num_small(stage: StageConfig) -> int:
+    """Parameters beside the matrices."""
+    return 2 * stage.head_dim * stage.qk_norm
 
   @staticmethod
   def flops(stage: StageConfig, positions: float, platform: str | None = None):

@@ -37,6 +37,7 @@ RULES = (
   ("layers", None),
   ("offset", None),
   ("vocab", None),
+  ("ngram", "fsdp"),  # rows of hash tables, which may be large
   ("activation", None),  # residual width of activations
 )
 

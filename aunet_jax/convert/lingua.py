@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aunet_jax.config import ModelConfig, StageConfig
-from aunet_jax.convert.lingua_arguments import from_arguments
+from aunet_jax.convert.lingua_arguments import check_official, from_arguments
 
 
 class Weight(NamedTuple):
@@ -291,8 +291,10 @@ def to_lingua(config: ModelConfig, params: Mapping) -> dict[str, np.ndarray]:
 
   Args: params: unboxed nested dict of arrays, as `AUNet(config)` has them.
   Returns: float32 weights, and the int64 constants of the official code.
-  Raises: ValueError naming a parameter that is missing or misshapen.
+  Raises: ValueError naming a parameter that is missing or misshapen, or a part
+    that the official code has not.
   """
+  check_official(config)
   state_dict = _buffers(config)
   for weight in weights(config):
     node = params

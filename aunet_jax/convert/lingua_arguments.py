@@ -193,11 +193,28 @@ def from_arguments(model_args: Mapping, vocab_rows: int) -> ModelConfig:
   )
 
 
+def check_official(config: ModelConfig) -> None:
+  """Raises: ValueError where a model has a part the official code has not."""
+  extra = {
+    "qk_norm": any(stage.qk_norm for stage in config.stages),
+    "logit_cap": config.logit_cap is not None,
+    "ngram_rows": config.ngram_rows > 0,
+    "tie_embeddings": config.tie_embeddings,
+  }
+  used = [name for name, is_used in extra.items() if is_used]
+  if used:
+    raise ValueError(
+      f"the official code has no {', '.join(used)}: this model cannot be "
+      f"written for it."
+    )
+
+
 def to_arguments(config: ModelConfig) -> dict:
   """Official arguments of a config: the `model` part of a params.json.
 
   Raises: ValueError where the official code has no such model.
   """
+  check_official(config)
   stages = config.stages
   kv_heads = {stage.num_kv_heads for stage in stages}
   if len(kv_heads) > 1:

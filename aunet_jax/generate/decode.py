@@ -55,6 +55,7 @@ class State(NamedTuple):
   caches: dict  # stack -> list over layers of what its mixer keeps
   encoded_BD: tuple  # by stage: its contracting path at the newest position
   up_BOD: tuple  # by transition: newest coarse vector at each offset
+  recent_BM: jax.Array  # int32: the newest bytes, as many as n-grams reach back
   offset_BN: jax.Array  # int32 (B, N - 1): distance to the last boundary
   position_BN: jax.Array  # int32: newest position of each stage
   level_B: jax.Array  # int32: level of the newest byte
@@ -246,7 +247,11 @@ def _byte_phase(
     level_B=call.put(state.level_B, level_C),
   )
   state = call.advance(state, 1)
-  x_CD = weights["embed"][byte_C]
+  x_CD, recent_CM = network.embed(
+    weights, config, byte_C, call.take(state.recent_BM)
+  )
+  if config.ngram_rows:
+    state = state._replace(recent_BM=call.put(state.recent_BM, recent_CM))
   x_CD = call.run_stack(state, "deepest" if N == 1 else "contract_1", x_CD)
   if N == 1:
     encoded_BD = call.put(state.encoded_BD[0], x_CD)

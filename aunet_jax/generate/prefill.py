@@ -13,6 +13,7 @@ from aunet_jax.aunet import network
 from aunet_jax.aunet.block import Stack, mixer_of
 from aunet_jax.aunet.cache import HISTORY
 from aunet_jax.aunet.network import AUNet
+from aunet_jax.aunet.ngrams import NGrams
 from aunet_jax.config import ModelConfig
 from aunet_jax.data.rows import bucket
 
@@ -37,6 +38,7 @@ class Prefilled(NamedTuple):
   caches: dict
   encoded_BD: tuple
   up_BOD: tuple
+  recent_BM: jax.Array  # int32: the newest bytes, as n-grams need them
 
 
 def prefill(
@@ -86,4 +88,8 @@ def prefill(
   encoded_BD = [last("encoded_1", 0)]
   for stage in config.stages[1:-1]:
     encoded_BD.append(jnp.zeros((B, stage.dim), jnp.dtype(config.dtype)))
-  return Prefilled(caches, tuple(encoded_BD), up_BOD), logits_BLV
+  recent_BM = NGrams.fill(bytes_BL, counts_BN[:, 0], config)
+  return (
+    Prefilled(caches, tuple(encoded_BD), up_BOD, recent_BM),
+    logits_BLV,
+  )

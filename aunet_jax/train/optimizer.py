@@ -91,7 +91,7 @@ def _kind(names: list[str]) -> str | None:
     return "norms"
   if names[-1] in ("head", "level_head"):
     return "head"
-  return "embeddings" if names[-1] == "embed" else None
+  return "embeddings" if names[-1] in ("embed", "table") else None
 
 
 def factors(config: Config) -> dict:
