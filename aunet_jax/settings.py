@@ -401,11 +401,19 @@ class OptimizerConfig:
   # What weight decay leaves alone, joined by ",": norms, embeddings, head. The
   # paper's code decays all.
   no_decay: str = ""
+  # Decay of a running mean of the parameters, which is then what is evaluated,
+  # written with and exported; None = none is kept.
+  average: float | None = None
 
   def __post_init__(self):
     for name in ("stage_lr", "stage_decay"):
       factors = _factors(f"optimizer.{name}", getattr(self, name))
       object.__setattr__(self, name, factors)
+    if self.average is not None and not 0 < self.average < 1:
+      raise ValueError(
+        f"optimizer.average={self.average} must lie between 0 and 1, such as "
+        f"0.999."
+      )
     for name in ("embedding_lr", "head_lr"):
       _check_range(f"optimizer.{name}", getattr(self, name), 0)
     for name in self.undecayed:

@@ -243,7 +243,7 @@ def run(
     step, last = int(setup.train_state.step), config.train.num_steps
     stopping = False
     if step and setup.evaluator.due(step) and not is_evaluated(setup, step):
-      stopping = not evaluate_at(step, setup.train_state.params)
+      stopping = not evaluate_at(step, setup.train_state.model_params)
     if step < last and not stopping:
       recorder = Recorder(profile, setup.workdir)
       with contextlib.closing(recorder):
@@ -312,7 +312,7 @@ def take_steps(
     # After the save: an evaluation that is killed costs no steps, and the next
     # start repeats it.
     if evaluates and not stopping:
-      stopping = not evaluate_at(step, train_state.params)
+      stopping = not evaluate_at(step, train_state.model_params)
       if stopping and not saves:
         save(setup, step, train_state, position)
     elif step == last and stopping and not evaluates:

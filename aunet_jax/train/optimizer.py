@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -159,6 +160,42 @@ def _scaled(
   )
 
 
+class Averaged(NamedTuple):
+  """State of `averaged`."""
+
+  inner: optax.OptState
+  count: jax.Array  # int32: updates in the mean
+  average: dict | None  # like the parameters, float32; None: kept elsewhere
+
+
+def averaged(
+  inner: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformation:
+  """`inner`, with a running mean of the parameters that its updates lead to.
+
+  The decay of update t is min(decay, (1 + t) / (10 + t)), so that the first
+  parameters are soon forgotten.
+  """
+
+  def init(params):
+    mean = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    return Averaged(inner.init(params), jnp.zeros((), jnp.int32), mean)
+
+  def update(grads, state, params):
+    updates, new = inner.update(grads, state.inner, params)
+    t = state.count.astype(jnp.float32)
+    keep = jnp.minimum(decay, (1 + t) / (10 + t))
+    after = optax.apply_updates(params, updates)
+    average = jax.tree.map(
+      lambda a, p: a + (1 - keep) * (p.astype(jnp.float32) - a),
+      state.average,
+      after,
+    )
+    return updates, Averaged(new, state.count + 1, average)
+
+  return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
   """Global-norm clipping, then the optimizer that the config names.
 
@@ -192,6 +229,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
   whole = optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
   tree = factors(config)
-  if all(f == (1, 1) for f in jax.tree.leaves(tree, is_leaf=_is_factors)):
-    return whole
-  return _scaled(whole, tree)
+  if any(f != (1, 1) for f in jax.tree.leaves(tree, is_leaf=_is_factors)):
+    whole = _scaled(whole, tree)
+  return (
+    whole if settings.average is None else averaged(whole, settings.average)
+  )

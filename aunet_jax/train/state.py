@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from aunet_jax.aunet import sharding
 from aunet_jax.aunet.network import init_params
 from aunet_jax.config import ModelConfig
+from aunet_jax.train.optimizer import Averaged
 
 
 class TrainState(struct.PyTreeNode):
@@ -21,14 +22,30 @@ class TrainState(struct.PyTreeNode):
   nonfinite_in_row: jax.Array  # int32: skipped steps since the last good one
   nonfinite_total: jax.Array  # int32: skipped steps since the start
 
+  @property
+  def model_params(self) -> dict:
+    """Of the model that a run gives: their running mean, where one is kept."""
+    kept = isinstance(self.opt_state, Averaged)
+    return self.opt_state.average if kept else self.params
+
   def items(self) -> dict[str, object]:
-    """As a checkpoint holds it: the model, and apart from it all the rest."""
+    """As a checkpoint holds it: the model, and apart from it all the rest.
+
+    With a running mean the model is that, and what is trained is in the rest.
+    """
     counters = {field.name: getattr(self, field.name) for field in fields(self)}
+    if isinstance(self.opt_state, Averaged):
+      counters["opt_state"] = self.opt_state._replace(average=None)
+      return {"params": self.model_params, "optimizer": counters}
     return {"params": counters.pop("params"), "optimizer": counters}
 
   @classmethod
   def from_items(cls, items: dict[str, object]) -> "TrainState":
-    return cls(params=items["params"], **items["optimizer"])
+    counters, model_params = dict(items["optimizer"]), items["params"]
+    if "params" not in counters:
+      return cls(params=model_params, **counters)
+    opt_state = counters.pop("opt_state")._replace(average=model_params)
+    return cls(opt_state=opt_state, **counters)
 
 
 def _init(config, optimizer, seed):
