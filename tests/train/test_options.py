@@ -177,6 +177,7 @@ def test_losses_do_not_depend_on_the_mesh(settings):
   assert losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.slow  # two starts of the command, each compiles
 @pytest.mark.parametrize("settings", rows_of(MODEL, TRAINING))
 def test_a_run_resumes_bit_for_bit(settings, tmp_path):
   (tmp_path / "text.txt").write_text("the cat sat on the mat, again. " * 300)
