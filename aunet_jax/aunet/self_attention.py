@@ -143,12 +143,15 @@ class SelfAttention(nn.Module):
     v_DGK = kernel(self, "value", *into_keys)
     o_HKD = kernel(self, "out", D, (H, K, D), ("heads", "head_dim", "embed"))
 
-    q_BLHK, k_BLGK = project(x_BLD, q_DHK), project(x_BLD, k_DGK)
-    if stage.qk_norm:
-      param_dtype = jnp.dtype(self.model.param_dtype)
-      q_BLHK = RMSNorm(QK_EPS, param_dtype, name="query_norm")(q_BLHK)
-      k_BLGK = RMSNorm(QK_EPS, param_dtype, name="key_norm")(k_BLGK)
-    q_BLHK, k_BLGK = apply_rope(q_BLHK, *tables), apply_rope(k_BLGK, *tables)
+    def rotated(x_BLD, kernel, name):
+      x_BLHK = project(x_BLD, kernel)
+      if stage.qk_norm:
+        param_dtype = jnp.dtype(self.model.param_dtype)
+        x_BLHK = RMSNorm(QK_EPS, param_dtype, name=name)(x_BLHK)
+      return apply_rope(x_BLHK, *tables)
+
+    q_BLHK = rotated(x_BLD, q_DHK, "query_norm")
+    k_BLGK = rotated(x_BLD, k_DGK, "key_norm")
     v_BLGK = project(x_BLD, v_DGK)
     self.sow(cache.HISTORY, "keys", k_BLGK)  # kept only where asked for
     self.sow(cache.HISTORY, "values", v_BLGK)
