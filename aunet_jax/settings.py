@@ -52,6 +52,10 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     )
 
 
+# Positions and widths are int32 on devices.
+LARGEST_DIM = 2**30
+
+
 def _check_positive(name: str, value: int | float) -> None:
   if not 0 < value <= LARGEST:
     raise ValueError(f"{name}={shown(value)} must be a positive number.")
@@ -86,10 +90,10 @@ class StageConfig:
 
   def __post_init__(self):
     for name in ("dim", "num_layers", "head_dim", "capacity"):
-      _check_positive(f"stage {name}", getattr(self, name))
+      _check_range(f"stage {name}", getattr(self, name), 1, LARGEST_DIM)
     for name in ("window", "num_kv_heads", "ffn_dim"):
       if getattr(self, name) is not None:
-        _check_positive(f"stage {name}", getattr(self, name))
+        _check_range(f"stage {name}", getattr(self, name), 1, LARGEST_DIM)
     if self.dim % self.head_dim:
       raise ValueError(
         f"dim={self.dim} must be a multiple of head_dim={self.head_dim}; "

@@ -43,9 +43,10 @@ def status_of(error: Exception) -> int:
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
   """Makes `main` return an exit status and say errors in one line.
 
-  What a user or the surroundings can cause (ValueError, OSError, Failure)
-  becomes `error: …` on stderr; anything else is a defect of ours and keeps its
-  traceback. Output that the terminal's encoding lacks is escaped, not fatal.
+  What a user or the surroundings can cause (ValueError, OSError, Failure,
+  MemoryError) becomes `error: …` on stderr; anything else is a defect of ours
+  and keeps its traceback. Output that the terminal's encoding lacks is escaped,
+  not fatal.
   """
 
   @functools.wraps(main)
@@ -63,6 +64,10 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     except (ValueError, OSError, Failure) as error:
       print(f"error: {error}", file=sys.stderr)
       return status_of(error)
+    except MemoryError as error:  # rows of an absurd size in a config
+      reason = str(error) or "no reason given"
+      print(f"error: not enough memory: {reason}", file=sys.stderr)
+      return EXIT_FAILED
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       return EXIT_INTERRUPTED

@@ -18,7 +18,9 @@ def test_feed_forward_widths_are_those_of_the_paper():
   ("change", "message"),
   [
     ({"head_dim": 15}, "multiple of head_dim=15"),
-    ({"num_layers": 0}, "num_layers=0 must be a positive number"),
+    ({"capacity": 10**12}, "capacity=1000000000000 must be 1 to"),
+    ({"window": 2**31}, "window=2147483648 must be 1 to"),
+    ({"num_layers": 0}, "num_layers=0 must be 1 to"),
     ({"window": 0}, "window=0"),
     ({"capacity": 10**30}, "capacity=1000"),
     ({"remat": "ful"}, "Did you mean 'full'?"),

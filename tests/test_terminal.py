@@ -107,3 +107,13 @@ def test_the_trainer_starts_with_huge_pages_once(tmp_path):
   assert last.startswith("glibc.malloc.hugetlb=1" if asked else "None")
   *pids, last = run(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
   assert len(pids) == 1 and last.startswith("glibc.malloc.hugetlb=0 ")
+
+
+def test_too_little_memory_is_one_line(capsys):
+  @terminal.command
+  def main(argv):
+    raise MemoryError("Unable to allocate 29.8 GiB")
+
+  assert main([]) == 1
+  said = capsys.readouterr().err
+  assert said == "error: not enough memory: Unable to allocate 29.8 GiB\n"

@@ -7,6 +7,7 @@ checkpoint becomes visible only when Orbax has committed all of it, with the
 manifest that tells later whether its files are still as they were written.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Collection
@@ -116,6 +117,32 @@ def _kept(config: CheckpointConfig):
   return policies.AnyPreservationPolicy(kept)
 
 
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+    for path, leaf in leaves
+    if getattr(leaf, "shape", None) is not None
+  }
+
+
+def _check_shapes(folder: Path, target) -> None:
+  """Compares what is wanted with what lies there, before memory is taken.
+
+  Where one array of a restore fails, Orbax prints pages about the others.
+
+  Raises: ValueError.
+  """
+  with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
+    stored = _shapes(reader.metadata(folder).tree)
+  for name, shape in _shapes(target).items():
+    if stored.get(name, shape) != shape:
+      raise ValueError(
+        f"{name} has shape {stored[name]}, where the config asks for {shape}: "
+        f"config.json is not the one it was saved with"
+      )
+
+
 def read_items(
   manager: ocp.CheckpointManager, step: int, targets: dict[str, object]
 ) -> dict[str, object]:
@@ -131,6 +158,8 @@ def read_items(
       raise unreadable(folder, f"its {name} state is missing")
   args = {k: ocp.args.StandardRestore(tree) for k, tree in targets.items()}
   try:
+    for name, target in targets.items():
+      _check_shapes(folder / name, target)
     restored = manager.restore(step, args=ocp.args.Composite(**args))
   except Exception as error:
     raise unreadable(folder, error) from error

@@ -68,9 +68,8 @@ def test_a_billion_layers_in_a_config_are_refused(
   path.write_text(json.dumps(content))
   flags = [f"--workdir={tmp_path}/run", f"--data={texts}"]
   assert evaluate_main.main(flags) != 0
-  error = capsys.readouterr().err
-  assert "cannot be read" in error and str(10**9) in error
-  assert "Traceback" not in error
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  assert "cannot be read" in line and "asks for (1000000000, 32" in line
 
 
 @pytest.mark.parametrize("stride", [0, -1, 129])
