@@ -70,3 +70,67 @@ def test_step_0_is_chosen_by_several_processes_too(tmp_path, two_processes):
   (step / "a").write_text("x")
   manifest.write(step.parent)
   assert checkpoints.choose(tmp_path, print) == 0
+
+
+def written(workdir, step):
+  """A checkpoint of one file with its manifest; returns its folder."""
+  folder = workdir / "checkpoints" / str(step)
+  (folder / "params").mkdir(parents=True)
+  (folder / "params" / "a").write_text(f"of {step}")
+  manifest.write(folder)
+  return folder
+
+
+def test_a_damaged_checkpoint_is_put_aside_whatever_lies_there(tmp_path):
+  for step in (1, 2, 3):
+    written(tmp_path, step)
+  assert checkpoints.newest_undamaged(tmp_path, last=2) == (2, {})
+  there = tmp_path / "checkpoints"
+  elsewhere = tmp_path / "kept"
+  elsewhere.mkdir()
+  (there / "damaged-2").symlink_to(elsewhere)
+  written(tmp_path, 4).rename(there / "damaged-3")  # of an earlier start
+  for step in (2, 3):
+    (there / str(step) / "params" / "a").write_text("damage")
+  lines = []
+  assert checkpoints.choose(tmp_path, lines.append) == 1
+  assert layout.steps(tmp_path) == [1]
+  assert [line[:20] for line in lines] == [
+    f"checkpoint {s} skipped" for s in "32"
+  ]
+  for step in (2, 3):
+    aside = there / f"damaged-{step}"
+    assert not aside.is_symlink()
+    assert (aside / "params" / "a").read_text() == "damage"
+  assert elsewhere.is_dir()
+
+
+def test_a_checkpoint_without_a_manifest_is_said_to_be_unchecked(tmp_path):
+  folder = written(tmp_path, 1)
+  lines = []
+  assert checkpoints.choose(tmp_path, lines.append) == 1
+  assert not lines
+  (folder / manifest.FILE).unlink()
+  assert checkpoints.choose(tmp_path, lines.append) == 1
+  (line,) = lines
+  assert "checkpoint 1 has no" in line and "unchecked" in line
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+  saver = checkpoints.Checkpointer(tmp_path, CheckpointConfig())
+  tree = {"params": {"a": jnp.zeros((100, 30)), "b": jnp.zeros(7, jnp.int8)}}
+  usage = checkpoints.shutil.disk_usage(tmp_path)
+  for free in (12_006, 12_007):
+    monkeypatch.setattr(
+      checkpoints.shutil, "disk_usage", lambda _, n=free: usage._replace(free=n)
+    )
+    if free < 12_007:
+      with pytest.raises(layout.SaveError, match=r"needs 0\.0 MB but"):
+        saver.save(1, tree, HOST)
+      saver.wait()
+      assert layout.steps(tmp_path) == []
+    else:
+      saver.save(1, tree, HOST)
+      saver.wait()
+  saver.close()
+  assert layout.steps(tmp_path) == [1]
