@@ -303,3 +303,7 @@ def test_the_documentation_names_every_rule():
     assert getattr(splitting, name.upper()) == number  # imported from there
   for name in ("LETTERS", "NUMBERS", "SPACES"):
     assert getattr(splitting, name) == getattr(unicode_table, name)
+
+
+def test_a_word_rule_without_a_number_is_of_every_word():
+  assert Splitter(["word"]).hash == Splitter(["word@1"]).hash
