@@ -86,6 +86,7 @@ class StageConfig:
   skip: bool = True  # add this stage's encoding to its upsampled input
   remat: str = "dots"  # what the backward pass recomputes: none, dots, full
   attention: str = "auto"  # kernel (`attention.py`); auto: by platform
+  conv: int = 0  # taps of a causal convolution before attention; 0 = none
   qk_norm: bool = False  # RMSNorm of every query and key before RoPE
 
   def __post_init__(self):
@@ -109,6 +110,9 @@ class StageConfig:
         f"{self.num_heads} query heads (dim={self.dim} / "
         f"head_dim={self.head_dim})."
       )
+    _check_range("stage conv", self.conv, 0, 64)
+    if self.conv == 1:
+      raise ValueError("conv=1 sees no other position; use 2 or more, or 0.")
     _check_choice("stage remat", self.remat, REMATS)
     _check_choice("stage attention", self.attention, ATTENTIONS)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from aunet_jax.aunet.cache import HISTORY, Write
+from aunet_jax.aunet.convolution import ConvolvedAttention
 from aunet_jax.aunet.layers import SAVED, kernel, norm_of, project, rms_norm
 from aunet_jax.aunet.quantize import matmul
 from aunet_jax.aunet.segments import piece_positions
@@ -22,8 +23,7 @@ from aunet_jax.config import ModelConfig, StageConfig
 
 def mixer_of(stage: StageConfig):
   """The class that lets a stage's positions see each other."""
-  del stage  # there is one so far
-  return SelfAttention
+  return ConvolvedAttention if stage.conv else SelfAttention
 
 
 class SwiGLU(nn.Module):
@@ -187,7 +187,7 @@ class Stack(nn.Module):
     def layer(number):
       sown = history["blocks"][mixer.NAME]
       sown = jax.tree.map(lambda x: x[number], sown)
-      return mixer.fill(sown, count_B, num_slots)
+      return mixer.fill(stage, sown, count_B, num_slots)
 
     return [layer(number) for number in range(stage.num_layers)]
 

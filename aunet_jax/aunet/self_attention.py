@@ -212,8 +212,9 @@ class SelfAttention(nn.Module):
     return min(stage.window, num_positions)
 
   @staticmethod
-  def fill(history: dict, count_B: jax.Array, num_slots: int) -> Rings:
+  def fill(stage, history: dict, count_B: jax.Array, num_slots: int) -> Rings:
     """One layer's rings after a row of each text, of what `__call__` sowed."""
+    del stage
     (keys_BSGK,), (values_BSGK,) = history["keys"], history["values"]
     return Rings(
       ring(keys_BSGK, count_B, num_slots), ring(values_BSGK, count_B, num_slots)

@@ -36,6 +36,7 @@ RULES = (
   ("mlp", "tensor"),
   ("layers", None),
   ("offset", None),
+  ("taps", None),
   ("vocab", None),
   ("ngram", "fsdp"),  # rows of hash tables, which may be large
   ("activation", None),  # residual width of activations

@@ -196,6 +196,7 @@ def from_arguments(model_args: Mapping, vocab_rows: int) -> ModelConfig:
 def check_official(config: ModelConfig) -> None:
   """Raises: ValueError where a model has a part the official code has not."""
   extra = {
+    "conv": any(stage.conv for stage in config.stages),
     "qk_norm": any(stage.qk_norm for stage in config.stages),
     "logit_cap": config.logit_cap is not None,
     "ngram_rows": config.ngram_rows > 0,

@@ -29,6 +29,7 @@ TINY = f"--config={ROOT / 'tests' / 'tiny.py'}"
 
 # Of the model, by what it is called: settings that turn it on.
 MODEL = {
+  "conv": ["model.stages[0].conv=4"],
   "qk_norm": ["model.stages[0].qk_norm=True", "model.stages[1].qk_norm=True"],
   "logit_cap": ["model.logit_cap=2"],
   "ngram_rows": ["model.ngram_rows=16", "model.ngram_longest=5"],
