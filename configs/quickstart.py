@@ -3,9 +3,10 @@
   python -m aunet_jax.train --config=configs/quickstart.py \\
       --workdir=runs/quickstart
 
-Trains on the text that ships with Python. Reached, on two CPU cores in five
-minutes: 1.905 bits per byte over the held-out 198,838 bytes (gzip -9 1.936,
-xz -9 1.731).
+Trains on the text that ships with Python, with two options beside the paper's
+recipe: Muon, and hash embeddings of byte n-grams (docs/recipe.md). Reached:
+1.580 bits per byte over the held-out 198,838 bytes (gzip -9 1.936, xz -9
+1.731); with Muon alone 1.695, with AdamW at a rate of 4e-3, 1.905.
 """
 
 from aunet_jax import config
@@ -32,7 +33,9 @@ def get_config():
   c.train.log_every_steps = 20
   c.train.eval_every_steps = 250
   c.train.sample_prompt = "def "
-  c.optimizer.learning_rate = 4e-3
+  c.model.ngram_rows = 4096
+  c.optimizer.name = "muon"
+  c.optimizer.learning_rate = 6e-3
   c.optimizer.warmup_steps = 60
   c.optimizer.clip_norm = 1.0
   c.checkpoint.every_steps = 100

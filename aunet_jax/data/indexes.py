@@ -197,8 +197,11 @@ def _build_in_place(
     _build(partial, recipe, files, skips, log)
     _sync_directory(partial)
     partial.rename(final)
-  except BaseException:
+  except BaseException as error:
     shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(error, OSError) and error.errno and not error.filename:
+      # Of a write that failed, the system does not say where.
+      raise OSError(error.errno, error.strerror, str(partial)) from error
     raise
   _sync_directory(cache_dir)
   log(f"indexed in {time.monotonic() - start:.1f} s: {final}")

@@ -33,8 +33,8 @@ VERSION = 1  # raise it when other documents would be near copies
 
 NUM_BANDS = 14
 NUM_HASHES = 8 * NUM_BANDS
-_BLOCK = 4096  # documents whose bands are written together
-_BLOCKS_AT_ONCE = 64
+_BLOCK = 512  # documents whose bands are written together
+_BLOCKS_AT_ONCE = 512
 
 
 def _hash_factors() -> np.ndarray:

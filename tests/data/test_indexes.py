@@ -1,6 +1,7 @@
 """Indexes: what they depend on, when one is built, and by whom."""
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -208,6 +209,17 @@ def test_a_damaged_index_file_says_what_to_do(tmp_path):
 
 
 # ----- the cache ------------------------------------------------------------
+
+
+def test_a_write_that_fails_names_where(tmp_path, monkeypatch):
+  def full(self):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(store.StoreWriter, "finish", full)
+  path = write(tmp_path / "texts.jsonl", different(5))
+  with pytest.raises(OSError, match="No space left on device: .*partial"):
+    open_corpora(tmp_path, path)
+  assert list((tmp_path / "cache").glob("*.partial")) == []
 
 
 def test_the_cache_is_built_once_and_tells_what_it_holds(tmp_path):
