@@ -113,9 +113,10 @@ def _documents(args: argparse.Namespace) -> Iterator[tuple[str, bytes]]:
     yield "standard input", sys.stdin.buffer.read()
     return
   skips = reading.SkipLog(reading.log_to_stderr)
-  yield from sources.documents(
+  for document in sources.documents(
     args.files, args.text_field, None, skips.add, args.separator
-  )
+  ):
+    yield document.name, document.text
   skips.finish()
 
 

@@ -10,7 +10,13 @@ from aunet_jax.data import opened, remote
 
 def _opened(size, position, is_remote=False):
   return opened.Opened(
-    io.BytesIO(b""), "a", "text", None, size, lambda: position, is_remote
+    io.BytesIO(b""),
+    where="a",
+    field="text",
+    separator=None,
+    size=size,
+    position=lambda: position,
+    is_remote=is_remote,
   )
 
 
