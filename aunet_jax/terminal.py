@@ -90,7 +90,7 @@ def use_huge_pages() -> None:
     mode = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
   except OSError:
     return
-  if "[madvise]" in mode and wanted not in tunables:
+  if sys.executable and "[madvise]" in mode and wanted not in tunables:
     both = [*filter(None, [tunables]), f"{wanted}=1"]
     os.environ["GLIBC_TUNABLES"] = ":".join(both)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
