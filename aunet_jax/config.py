@@ -138,6 +138,31 @@ def around_model(path: str) -> ml_collections.ConfigDict:
   return config
 
 
+def fine_tuning(
+  model: str, name: str, *, num_steps: int, learning_rate: float
+) -> ml_collections.ConfigDict:
+  """What the recipes in configs/ share: prompts and completions of data/NAME.
+
+  The model begins with runs/quickstart; without weight decay, which would pull
+  it away from there. Args: model: see `around_model`.
+  """
+  c = around_model(model)
+  c.data.format = "completion"
+  c.data.train = f"data/{name}/train.jsonl"
+  c.data.heldout = f"data/{name}/heldout.jsonl"
+  c.train.init_from = "runs/quickstart"
+  c.train.num_steps = num_steps
+  c.train.batch_size = 4
+  c.train.eval_every_steps = num_steps // 2
+  c.train.sample_bytes = 0
+  c.optimizer.learning_rate = learning_rate
+  c.optimizer.warmup_steps = 20
+  c.optimizer.weight_decay = 0.0
+  c.optimizer.clip_norm = 1.0
+  c.checkpoint.every_steps = 100
+  return c
+
+
 def _plain(value):
   """Nested ConfigDicts, dicts and tuples as dicts and lists."""
   if isinstance(value, ml_collections.ConfigDict | dict):

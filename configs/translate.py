@@ -21,18 +21,6 @@ QUICKSTART = pathlib.Path(__file__).with_name("quickstart.py")
 
 
 def get_config(model=str(QUICKSTART)):
-  c = config.around_model(model)
-  c.data.format = "completion"
-  c.data.train = "data/translate/train.jsonl"
-  c.data.heldout = "data/translate/heldout.jsonl"
-  c.train.init_from = "runs/quickstart"
-  c.train.num_steps = 400
-  c.train.batch_size = 4
-  c.train.eval_every_steps = 200
-  c.train.sample_bytes = 0
-  c.optimizer.learning_rate = 1e-3
-  c.optimizer.warmup_steps = 20
-  c.optimizer.weight_decay = 0.0
-  c.optimizer.clip_norm = 1.0
-  c.checkpoint.every_steps = 100
-  return c
+  return config.fine_tuning(
+    model, "translate", num_steps=400, learning_rate=1e-3
+  )
