@@ -133,3 +133,19 @@ def test_remat_and_unrolling_change_nothing(remat, unroll):
     grads,
     expected_grads,
   )
+
+
+def test_dots_repeats_no_product():
+  def products(remat):
+    stage = dataclasses.replace(STAGE, remat=remat, num_layers=1)
+    stack = block.Stack(stage, MODEL)
+    x_BLD, documents_BL = normal(0, 2, 4, STAGE.dim), np.ones((2, 4), int)
+
+    def loss(params):
+      return stack.apply({"params": params}, x_BLD, documents_BL).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(stack_params(stage))
+    return str(program).count("dot_general[")
+
+  none, dots, full = map(products, ("none", "dots", "full"))
+  assert none == dots < full

@@ -178,7 +178,11 @@ def run_steps(splitter: Splitter, tokens_BL: np.ndarray):
   return run(jnp.asarray(tokens_BL, jnp.int32))
 
 
-@every_splitter
+@pytest.mark.parametrize(
+  "splitter",
+  [*SPLITTERS.values(), Splitter(["word@1", "word@2"], has_roles=True)],
+  ids=[*SPLITTERS, "roles"],
+)
 def test_steps_in_jit_agree_with_the_host(splitter):
   rng = np.random.default_rng(0)
   symbols = [" ", "\n", "a", "1", ".", "é", "中", "ก", "👍", "\u0301", "\t"]

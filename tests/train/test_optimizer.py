@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optax import contrib
 
@@ -280,3 +281,17 @@ def test_schedules_meet_their_ends():
   )
   np.testing.assert_allclose([wsd(50), wsd(79)], [1.0, 1.0])
   np.testing.assert_allclose(wsd(99), 0.01, rtol=1e-4)
+
+
+def test_the_running_mean_is_that_of_the_parameters():
+  tx = optimizer.averaged(optax.sgd(1.0), decay=0.3)
+  params = {"x": jnp.array([1.0, -2.0])}
+  state_now, mean = tx.init(params), np.array([1.0, -2.0])
+  for t in range(5):
+    grads = {"x": jnp.array([t + 1.0, -0.5])}
+    updates, state_now = tx.update(grads, state_now, params)
+    params = optax.apply_updates(params, updates)
+    keep = min(0.3, (1 + t) / (10 + t))
+    mean = keep * mean + (1 - keep) * np.asarray(params["x"])
+  np.testing.assert_allclose(state_now.average["x"], mean, rtol=1e-6)
+  assert int(state_now.count) == 5

@@ -12,7 +12,7 @@ import pytest
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import loss, network, sharding
 from aunet_jax.aunet.network import AUNet
-from aunet_jax.train import optimizer, state
+from aunet_jax.train import optimizer, state, step
 from aunet_jax.train.step import make_train_step
 from tests.tiny_runs import batch_of, new_params, tiny, write_corpus
 
@@ -155,11 +155,20 @@ def test_microbatches_equal_one_batch(batch, on_one_device):
   np.testing.assert_allclose(parts, on_one_device[:3], rtol=1e-5)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(batch):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(batch, what, monkeypatch):
   config = tiny()
   tx = optimizer.make_optimizer(config)
   params = new_params(config.model, jax.random.key(0))
-  params["head"] = params["head"].at[0, 0].set(jnp.inf)
+  if what == "loss":
+    params["head"] = params["head"].at[0, 0].set(jnp.inf)
+  else:  # a root is finite where its slope is not
+
+    def root(model, params, batch, num_targets):
+      nothing = jnp.sqrt(0 * params["head"].sum())
+      return nothing, (nothing, nothing)
+
+    monkeypatch.setattr(step, "loss_sums", root)
   zero = jnp.zeros((), jnp.int32)
   before = state.TrainState(zero, params, tx.init(params), zero, zero)
   after, _ = jax.jit(make_train_step(config, tx))(before, batch)
