@@ -9,7 +9,9 @@
 Begins with runs/quickstart. For another model, name its config and workdir:
 --config=configs/sst2.py:runs/mine/config.json \\
     --config.train.init_from=runs/mine
-Reached: not run yet.
+Reached, from the quickstart in one minute on two CPU cores: 0.60 of 90 held-out
+sentences right, where always "negative" is right for 0.58: no better than
+guessing, after a model of Python code.
 """
 
 import pathlib
