@@ -116,6 +116,9 @@ load_job() {
   for name in NAME CONFIG WORKDIR "$@"; do
     [[ ${!name:-} ]] || fail "$file: set $name."
   done
+  [[ $WORKDIR != *://* ]] ||
+    fail "$file: WORKDIR=$WORKDIR is a URL, and a run can keep nothing there:" \
+      "name a directory; a bucket can be mounted as one (BUCKET)."
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
     fail "$file: NAME=$NAME must be 1 to 40 lower-case letters, digits and" \
       "hyphens, start with a letter and not end with a hyphen."

@@ -24,7 +24,7 @@ FORWARD_AS=TERM # only this script got the pod's
 
 status=0
 forward_signals "$@" || status=$?
-if [[ $status =~ ^(0|2|75)$ || $STOP_REQUESTED || $WORKDIR == *://* ]]; then
+if [[ $status =~ ^(0|2|75)$ || $STOP_REQUESTED ]]; then
   exit "$status"
 fi
 checkpoint=$(newest_checkpoint)

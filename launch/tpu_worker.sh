@@ -134,11 +134,7 @@ poll() {
   fi
   local WORKDIR step checkpoint
   WORKDIR=$(cat "$run/workdir" 2>/dev/null || echo /nowhere)
-  if [[ $WORKDIR == *://* ]]; then # only the log tells
-    step=$(tr '\r' '\n' <"$run/log" 2>/dev/null |
-      sed -n 's/^[^s]*step \([0-9]\{1,\}\)\/.*/\1/p' | tail -n 1)
-    checkpoint=0
-  elif [[ $WORKDIR == /mnt/* ]]; then # a bucket may never answer
+  if [[ $WORKDIR == /mnt/* ]]; then # a bucket may never answer
     read -r step checkpoint < <(timeout 20 bash "$REPO/launch/tpu_worker.sh" \
       progress "$WORKDIR" || true) || true
   else
