@@ -10,7 +10,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from aunet_jax import terminal
 from aunet_jax.data import roles
@@ -198,18 +198,24 @@ def _answer(generator: Generator, prompt: bytes, args, settings) -> str:
   return completions[0].reason
 
 
-def _interact(generator: Generator, prompt: bytes, settings) -> None:
-  """Reads a line, continues the conversation so far, and again."""
+def _typed() -> Iterator[str]:
+  """The lines that somebody types, until Ctrl-D."""
   if isinstance(sys.stdin, io.TextIOWrapper):
     sys.stdin.reconfigure(errors="surrogateescape")
   print("Type a text and press enter; an empty line forgets, Ctrl-D ends.")
-  history = prompt
   while True:
     try:
       line = input("> ")
     except (EOFError, KeyboardInterrupt):
       print()
       return
+    yield line
+
+
+def _interact(generator: Generator, prompt: bytes, settings) -> None:
+  """Reads a line, continues the conversation so far, and again."""
+  history = prompt
+  for line in _typed():
     if not line:
       history = b""
       print("(new document)")
@@ -243,16 +249,8 @@ def _chat(generator: Generator, args, settings) -> None:
   if args.prompt is not None:
     answer(begin, args.prompt)
     return
-  if isinstance(sys.stdin, io.TextIOWrapper):
-    sys.stdin.reconfigure(errors="surrogateescape")
-  print("Type a text and press enter; an empty line forgets, Ctrl-D ends.")
   turns = begin
-  while True:
-    try:
-      line = input("> ")
-    except (EOFError, KeyboardInterrupt):
-      print()
-      return
+  for line in _typed():
     if not line:
       turns = begin
       print("(new conversation)")

@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 
 import pytest
+from read_all import read_all
 
 from aunet_jax.data import sources
 from aunet_jax.data.compression import zstd
@@ -34,19 +35,6 @@ COMPRESS = {
 }
 
 
-def _read(path, field="text"):
-  """(texts, skips) of everything a specification names."""
-  files, skips = sources.list_sources(path if "://" in path else str(path))
-  texts = []
-  for file in files:
-    for record in sources.read_source(file, field):
-      if isinstance(record, sources.Skip):
-        skips.append(record)
-      else:
-        texts.append(record.text)
-  return texts, skips
-
-
 def _reasons(skips):
   return [skip.reason for skip in skips]
 
@@ -58,7 +46,7 @@ def _reasons(skips):
 def test_jsonl_is_a_document_a_line(tmp_path, suffix):
   path = tmp_path / f"a.jsonl{suffix}"
   path.write_bytes(COMPRESS[suffix](JSONL))
-  assert _read(str(path)) == (BYTES, [])
+  assert read_all(str(path)) == (BYTES, [])
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -66,19 +54,19 @@ def test_a_text_file_is_one_document_of_its_bytes(tmp_path, suffix):
   text = b"not \xff UTF-8\r\n\x00"
   path = tmp_path / f"a.txt{suffix}"
   path.write_bytes(COMPRESS[suffix](text))
-  assert _read(str(path)) == ([text], [])
+  assert read_all(str(path)) == ([text], [])
 
 
 def test_zstd_files_may_hold_several_frames(tmp_path):
   path = tmp_path / "a.jsonl.zst"
   path.write_bytes(zstd.compress(JSONL[:30]) + zstd.compress(JSONL[30:]))
-  assert _read(str(path)) == (BYTES, [])
+  assert read_all(str(path)) == (BYTES, [])
 
 
 def test_json_is_lines_where_compressed_and_text_where_not(tmp_path):
   (tmp_path / "c4.json.gz").write_bytes(gzip.compress(JSONL))
   (tmp_path / "package.json").write_bytes(b'{"name": "x"}')
-  assert _read(str(tmp_path)) == ([*BYTES, b'{"name": "x"}'], [])
+  assert read_all(str(tmp_path)) == ([*BYTES, b'{"name": "x"}'], [])
 
 
 def test_parquet_columns_of_text_and_bytes(tmp_path):
@@ -89,14 +77,14 @@ def test_parquet_columns_of_text_and_bytes(tmp_path):
   )
   path = str(tmp_path / "a.parquet")
   parquet.write_table(table, path, row_group_size=2)
-  texts, skips = _read(path)
+  texts, skips = read_all(path)
   assert texts == [b"a", b"c"]
   assert skips[0][:2] == (f"{path}:2", "null text")
-  texts, skips = _read(path, "raw")
+  texts, skips = read_all(path, "raw")
   assert (texts, _reasons(skips)) == ([b"\xff", b"b"], ["empty"])
-  texts, skips = _read(path, "n")
+  texts, skips = read_all(path, "n")
   assert (texts, _reasons(skips)) == ([], ["text of a wrong type"] * 3)
-  texts, skips = _read(path, "body")
+  texts, skips = read_all(path, "body")
   assert (texts, _reasons(skips)) == ([], ["no text field"])
   assert "text, raw, n" in skips[0].detail
 
@@ -109,7 +97,7 @@ def test_arrayrecord_records_are_documents(tmp_path):
   for text in BYTES:
     writer.write(text)
   writer.close()
-  assert _read(path) == (BYTES, [])
+  assert read_all(path) == (BYTES, [])
 
 
 def test_urls_are_read_through_fsspec():
@@ -117,13 +105,13 @@ def test_urls_are_read_through_fsspec():
   memory.pipe("/corpus/a.jsonl", JSONL)
   memory.pipe("/corpus/deep/b.txt", b"text")
   memory.pipe("/corpus/deep/c.jsonl.gz", gzip.compress(JSONL))
-  assert _read("memory://corpus/a.jsonl") == (BYTES, [])
-  assert _read("memory://corpus") == ([*BYTES, b"text", *BYTES], [])
-  assert _read("memory://corpus/deep/*.txt") == ([b"text"], [])
+  assert read_all("memory://corpus/a.jsonl") == (BYTES, [])
+  assert read_all("memory://corpus") == ([*BYTES, b"text", *BYTES], [])
+  assert read_all("memory://corpus/deep/*.txt") == ([b"text"], [])
   with pytest.raises(ValueError, match="memory://corpus/no matches no file"):
-    _read("memory://corpus/no")
+    read_all("memory://corpus/no")
   with pytest.raises(ValueError, match="cannot open nowhere://a"):
-    _read("nowhere://a")
+    read_all("nowhere://a")
 
 
 def test_a_remote_file_that_breaks_off_is_an_error_and_not_a_skip(monkeypatch):
@@ -139,7 +127,7 @@ def test_a_remote_file_that_breaks_off_is_an_error_and_not_a_skip(monkeypatch):
 
   monkeypatch.setattr(type(memory), "open", lambda *a, **k: Broken(JSONL))
   with pytest.raises(ValueError, match="a.jsonl:1 failed: connection reset"):
-    _read("memory://broken/a.jsonl")
+    read_all("memory://broken/a.jsonl")
 
 
 def test_a_hugging_face_dataset_is_streamed(tmp_path):
@@ -147,8 +135,8 @@ def test_a_hugging_face_dataset_is_streamed(tmp_path):
   lines = JSONL.splitlines()[:3]  # that library reads no lone surrogates
   (tmp_path / "train.jsonl").write_bytes(b"\n".join(lines))
   (tmp_path / "test.jsonl").write_text('{"text": "other"}')
-  assert _read(f"hf:{tmp_path}") == (BYTES[:3], [])
-  assert _read(f"hf:{tmp_path}:test") == ([b"other"], [])
+  assert read_all(f"hf:{tmp_path}") == (BYTES[:3], [])
+  assert read_all(f"hf:{tmp_path}:test") == ([b"other"], [])
 
 
 # ----- which files ----------------------------------------------------------
@@ -159,24 +147,24 @@ def test_directories_globs_and_lists_are_in_order(tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(name)
-  assert _read(str(tmp_path))[0] == [b"a.txt", b"b.txt", b"sub/c.txt"]
-  assert _read(f"{tmp_path}/*.txt")[0] == [b"a.txt", b"b.txt"]
-  assert _read(f"{tmp_path}/**/c.txt")[0] == [b"sub/c.txt"]
+  assert read_all(str(tmp_path))[0] == [b"a.txt", b"b.txt", b"sub/c.txt"]
+  assert read_all(f"{tmp_path}/*.txt")[0] == [b"a.txt", b"b.txt"]
+  assert read_all(f"{tmp_path}/**/c.txt")[0] == [b"sub/c.txt"]
   both = f"{tmp_path}/b.txt,{tmp_path}/a.txt"
-  assert _read(both)[0] == [b"b.txt", b"a.txt"]
+  assert read_all(both)[0] == [b"b.txt", b"a.txt"]
   files, _ = sources.list_sources([f"{tmp_path}/b.txt", f"{tmp_path}/sub"])
   assert [pathlib.Path(f.path).name for f in files] == ["b.txt", "c.txt"]
 
 
 def test_a_name_with_a_comma_is_a_name(tmp_path):
   (tmp_path / "a,b.txt").write_text("text")
-  assert _read(f"{tmp_path}/a,b.txt")[0] == [b"text"]
+  assert read_all(f"{tmp_path}/a,b.txt")[0] == [b"text"]
 
 
 def test_a_path_given_twice_is_read_once(tmp_path):
   (tmp_path / "a.txt").write_text("text")
   (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
-  texts, skips = _read(f"{tmp_path}/a.txt,{tmp_path}/*.txt")
+  texts, skips = read_all(f"{tmp_path}/a.txt,{tmp_path}/*.txt")
   assert texts == [b"text"]
   assert _reasons(skips) == ["duplicate path"] * 2
 
@@ -184,13 +172,13 @@ def test_a_path_given_twice_is_read_once(tmp_path):
 @pytest.mark.parametrize("name", ["missing.txt", "*.nothing", "missing/dir/"])
 def test_what_matches_no_file_is_an_error(tmp_path, name):
   with pytest.raises(ValueError, match="matches no file; check the path"):
-    _read(str(tmp_path / name))
+    read_all(str(tmp_path / name))
 
 
 def test_a_pipe_is_refused(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   with pytest.raises(ValueError, match="not a regular file"):
-    _read(str(tmp_path))
+    read_all(str(tmp_path))
 
 
 # ----- damage ---------------------------------------------------------------
@@ -202,7 +190,7 @@ def test_a_truncated_file_gives_what_it_has_and_a_skip(tmp_path, suffix):
   whole = COMPRESS[suffix]("\n".join(lines).encode())
   path = tmp_path / f"a.jsonl{suffix}"
   path.write_bytes(whole[: len(whole) * 2 // 3])
-  texts, skips = _read(str(path))
+  texts, skips = read_all(str(path))
   expected = [json.loads(line)["text"].encode() for line in lines]
   assert texts == expected[: len(texts)]
   assert _reasons(skips) == ["corrupt file"]
@@ -211,14 +199,14 @@ def test_a_truncated_file_gives_what_it_has_and_a_skip(tmp_path, suffix):
     assert texts
   text = tmp_path / f"b.txt{suffix}"
   text.write_bytes(whole[: len(whole) // 2])
-  assert _reasons(_read(str(text))[1]) == ["corrupt file"]
+  assert _reasons(read_all(str(text))[1]) == ["corrupt file"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
 def test_garbage_with_a_compressed_name_is_a_skip(tmp_path, suffix):
   path = tmp_path / f"a.jsonl{suffix}"
   path.write_bytes(b"this is not compressed at all" * 10)
-  texts, skips = _read(str(path))
+  texts, skips = read_all(str(path))
   assert (texts, _reasons(skips)) == ([], ["corrupt file"])
 
 
@@ -239,7 +227,7 @@ def test_every_wrong_line_has_its_place_and_reason(tmp_path):
   }
   path = tmp_path / "a.jsonl"
   path.write_bytes(b"\n".join(lines))
-  texts, skips = _read(str(path))
+  texts, skips = read_all(str(path))
   assert texts == [b"good", b"last"]
   assert [skip[:2] for skip in skips] == [
     (f"{path}:{number}", reason)
@@ -252,7 +240,7 @@ def test_every_wrong_line_has_its_place_and_reason(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PAR1 not really" * 50])
 def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content):
   (tmp_path / name).write_bytes(content)
-  texts, skips = _read(str(tmp_path / name))
+  texts, skips = read_all(str(tmp_path / name))
   assert texts == []
   assert _reasons(skips) == ["corrupt file"]
 
@@ -269,14 +257,14 @@ def test_a_damaged_arrayrecord_gives_what_stands_before_the_damage(tmp_path):
   whole = path.read_bytes()
   half = len(whole) // 2
   path.write_bytes(whole[:half] + bytes(2000) + whole[half + 2000 :])
-  texts, skips = _read(str(path))
+  texts, skips = read_all(str(path))
   assert 0 < len(texts) < 1000
   assert texts == records[: len(texts)]
   assert [skip[:2] for skip in skips] == [
     (f"{path}:{len(texts) + 1}", "corrupt file")
   ]
   path.write_bytes(whole[:half])  # the end, with the index, is lost
-  assert _reasons(_read(str(path))[1]) == ["corrupt file"]
+  assert _reasons(read_all(str(path))[1]) == ["corrupt file"]
 
 
 def test_a_file_deleted_between_listing_and_reading(tmp_path):
@@ -293,7 +281,7 @@ def test_a_dangling_link_and_an_archive_are_skips(tmp_path):
   (tmp_path / "a.txt").symlink_to(tmp_path / "nowhere")
   (tmp_path / "b.zip").write_bytes(b"x")
   (tmp_path / "c.txt").write_text("text")
-  texts, skips = _read(str(tmp_path))
+  texts, skips = read_all(str(tmp_path))
   assert texts == [b"text"]
   assert _reasons(skips) == ["unreadable", "unsupported archive"]
 
@@ -336,7 +324,7 @@ def test_an_empty_file_among_good_ones(tmp_path):
   (tmp_path / "a.txt").write_text("text")
   (tmp_path / "b.txt").write_text("")
   (tmp_path / "c.jsonl").write_text("")
-  texts, skips = _read(str(tmp_path))
+  texts, skips = read_all(str(tmp_path))
   assert (texts, _reasons(skips)) == ([b"text"], ["empty"] * 2)
 
 

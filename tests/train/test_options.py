@@ -37,6 +37,7 @@ MODEL = {
 }
 # Of training.
 TRAINING = {
+  "muon": ["optimizer.name=muon"],
   "frozen": ["optimizer.stage_lr=0,1"],
   "average": ["optimizer.average=0.9"],
   "factors": ["optimizer.stage_lr=0.5,1", "optimizer.no_decay=norms"],
