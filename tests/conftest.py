@@ -36,7 +36,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_collection_modifyitems(items):
   """Files that start runs come first, so that none is left over at the end."""
-  first = ("/train/", "/commands/", "/generate/")
+  first = ("/train/", "/commands/", "/launch/", "/generate/")
   items.sort(key=lambda item: not any(x in str(item.path) for x in first))
 
 
