@@ -326,6 +326,11 @@ class DataConfig:
 class TrainConfig:
   # A workdir whose newest parameters the run begins with; None = random ones.
   init_from: str | None = None
+  # A workdir whose run this one branches off: state, data and log go on from
+  # its newest checkpoint up to which the learning rates agree, or from that of
+  # branch_step. None = a run of its own.
+  branch_from: str | None = None
+  branch_step: int | None = None
   num_steps: int = 1000
   batch_size: int = 8  # rows of a step, over all devices
   grad_accumulation: int = 1  # microbatches a step is computed in
@@ -352,6 +357,18 @@ class TrainConfig:
       "max_nonfinite_steps",
     ):
       _check_positive(f"train.{name}", getattr(self, name))
+    if self.branch_from is not None and self.init_from is not None:
+      raise ValueError(
+        f"train.branch_from={self.branch_from!r} has all that "
+        f"train.init_from={self.init_from!r} would give; set one of them."
+      )
+    if self.branch_step is not None:
+      _check_range("train.branch_step", self.branch_step, 0)
+      if self.branch_from is None:
+        raise ValueError(
+          f"train.branch_step={self.branch_step} needs train.branch_from, the "
+          f"workdir that has this checkpoint."
+        )
     for name in ("eval_every_steps", "sample_bytes", "max_roll_backs"):
       _check_range(f"train.{name}", getattr(self, name), 0)
     _check_positive("train.spike_sigmas", self.spike_sigmas)

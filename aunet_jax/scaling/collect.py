@@ -36,7 +36,7 @@ from aunet_jax.scaling.study import (
   Run,
   Table,
 )
-from aunet_jax.train.setup import changed_fields
+from aunet_jax.train.changes import changed_fields
 from aunet_jax.workdir import layout
 
 # Bits per byte over the lowest the run logged, at its end; and over the median

@@ -23,6 +23,7 @@ from aunet_jax.workdir import layout, load, tables
 from aunet_jax.workdir.checkpoints import newest_undamaged, read_items
 
 FILE = "init_from.json"
+BRANCH_FILE = "branch_from.json"  # of a run that branches off another
 
 # Settings of a model that change no parameter and not what one means: rows of
 # another shape, another kernel or precision. `document_mask` is False in
@@ -101,15 +102,14 @@ def find(
   return Origin(source, step, host["splitter_hash"])
 
 
-def read_params(origin: Origin, targets: dict) -> dict:
-  """Its parameters. Every process must call this.
+def read(origin: Origin, targets: dict[str, object]) -> dict[str, object]:
+  """Arrays of its checkpoint. Every process must call this.
 
-  Args: targets: tree of shapes with shardings.
-  Raises: CheckpointError where they cannot be read.
+  Arguments, result and errors as `checkpoints.read_items`.
   """
   directory = origin.workdir.absolute() / layout.CHECKPOINTS
   with ocp.CheckpointManager(directory) as manager:
-    return read_items(manager, origin.step, {"params": targets})["params"]
+    return read_items(manager, origin.step, targets)
 
 
 def params_hash(params: dict) -> str:
@@ -128,8 +128,10 @@ def params_hash(params: dict) -> str:
   return digest.hexdigest()
 
 
-def keep(workdir: Path, origin: Origin, params_hash: str) -> None:
-  """Writes WORKDIR/init_from.json."""
+def keep(
+  workdir: Path, origin: Origin, params_hash: str, name: str = FILE
+) -> None:
+  """Writes down in WORKDIR/NAME what the run began with."""
   said = {
     "workdir": str(origin.workdir.absolute()),
     "step": origin.step,
@@ -137,4 +139,4 @@ def keep(workdir: Path, origin: Origin, params_hash: str) -> None:
     "splitter_hash": origin.splitter_hash,
   }
   workdir.mkdir(parents=True, exist_ok=True)
-  files.write_whole(workdir / FILE, json.dumps(said, indent=2) + "\n")
+  files.write_whole(workdir / name, json.dumps(said, indent=2) + "\n")

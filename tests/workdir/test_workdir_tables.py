@@ -17,7 +17,7 @@ from aunet_jax.aunet.network import init_params
 from aunet_jax.evaluate import __main__ as evaluate_main
 from aunet_jax.generate import __main__ as generate_main
 from aunet_jax.splitting import Splitter
-from aunet_jax.train import setup
+from aunet_jax.train import changes
 from aunet_jax.workdir import layout, load, tables
 
 HERE = pathlib.Path(__file__).parents[1]
@@ -193,8 +193,8 @@ def test_what_is_no_file_of_the_workdir_is_no_table(outside, name):
 
 def test_a_run_may_go_on_with_its_table_moved():
   one, two = make_config("tokens@a.json"), make_config("tokens@b.json")
-  assert setup.changed_fields(one, two)[0] == []
+  assert changes.changed_fields(one, two)[0] == []
   for other in ("entropy@a.json", "word@1", "tokens"):
-    assert setup.changed_fields(one, make_config(other))[0]
-  forbidden, _ = setup.changed_fields(one, dataclasses.replace(one, seed=1))
+    assert changes.changed_fields(one, make_config(other))[0]
+  forbidden, _ = changes.changed_fields(one, dataclasses.replace(one, seed=1))
   assert forbidden == ["seed: 0 -> 1"]
