@@ -25,7 +25,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
 from aunet_jax.aunet import attention_gpu, sharding
@@ -336,6 +335,9 @@ def splash(
 
 def _splash_rows(q_BLHK, k_BLGK, v_BLGK, documents_BL, *, window, interpret):
   """One device's rows, padded to whole blocks."""
+  # TPUs alone need it, and half a second to import it.
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
   L, H, K = q_BLHK.shape[1:]
   block = _splash_block(L)
   extra = -L % block

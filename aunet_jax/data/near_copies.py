@@ -23,8 +23,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from aunet_jax.compiled import compiled
 from aunet_jax.data.reading import is_heldout
@@ -245,6 +243,10 @@ def near_training(waiting: Sketches, training: Sketches) -> np.ndarray:
     others.append(first[key_N[again]])
   if not near_N.any():
     return near_N
+  # Half a second to import, for corpora that hold near copies.
+  from scipy.sparse import coo_array
+  from scipy.sparse.csgraph import connected_components
+
   edges = np.concatenate(ones), np.concatenate(others)
   pairs = coo_array(
     (np.ones(len(edges[0]), np.bool_), edges), [len(near_N)] * 2

@@ -6,9 +6,6 @@ import statistics
 import sys
 from pathlib import Path
 
-import matplotlib.figure
-from tensorboardX import SummaryWriter
-
 from aunet_jax.aunet import loss
 from aunet_jax.config import Config
 from aunet_jax.terminal import duration, si
@@ -37,6 +34,8 @@ class Log:
     if active:
       drop_rows_after(self._path, step)
       if config.train.tensorboard:
+        from tensorboardX import SummaryWriter  # half a second to import
+
         self._board = SummaryWriter(
           str(workdir / "tensorboard"), purge_step=step + 1
         )
@@ -93,8 +92,10 @@ class Log:
 
 def draw_loss_curve(workdir: Path) -> Path:
   """Bits per byte against bytes seen, training and held-out, as a PNG."""
+  from matplotlib.figure import Figure  # half a second to import
+
   rows = read_rows(workdir / METRICS_FILE)
-  figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+  figure = Figure(figsize=(7, 4.5), layout="constrained")
   axes = figure.subplots()
   for name, label, style in (
     ("bits_per_byte", "training", {"color": "#0072b2", "linewidth": 1}),
