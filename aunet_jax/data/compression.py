@@ -8,6 +8,7 @@ decoded before the damage is given out first.
 """
 
 import bz2
+import codecs
 import io
 import lzma
 import sys
@@ -112,22 +113,25 @@ def sniff(head: bytes) -> str | None:
   return None
 
 
-class Streams(io.RawIOBase):
-  """The content of all compressed streams of a file, in order.
+class Decoded(io.RawIOBase):
+  """What a file holds, made of its bytes in order.
 
-  Attributes: consumed: bytes of the file whose content was decoded for sure;
-    not those that a decoder still works on. decoded: bytes of the content.
+  Attributes: decoded: bytes that were given out.
   """
 
-  def __init__(self, file: BinaryIO, compression: str):
-    self._file, self._compression = file, compression
-    self._decoder = None
-    self._input = b""
-    self._num_read = self.consumed = self.decoded = 0
+  def __init__(self):
+    self.decoded = 0
     self._error: Exception | None = None
 
   def readable(self) -> bool:
     return True
+
+  def _some(self, limit: int) -> bytes:
+    """The next bytes, at most `limit`; none at the end.
+
+    Raises: one of DAMAGE.
+    """
+    raise NotImplementedError
 
   def readinto(self, buffer) -> int:
     """Fills the buffer, but for the end and for what comes before damage.
@@ -150,6 +154,21 @@ class Streams(io.RawIOBase):
       raise self._error
     return count
 
+
+class Streams(Decoded):
+  """The content of all compressed streams of a file, in order.
+
+  Attributes: consumed: bytes of the file whose content was decoded for sure;
+    not those that a decoder still works on.
+  """
+
+  def __init__(self, file: BinaryIO, compression: str):
+    super().__init__()
+    self._file, self._compression = file, compression
+    self._decoder = None
+    self._input = b""
+    self._num_read = self.consumed = 0
+
   def _read(self) -> bool:
     """Reads more input; False at the end of the file."""
     self.consumed = self._num_read
@@ -158,7 +177,6 @@ class Streams(io.RawIOBase):
     return bool(self._input)
 
   def _some(self, limit: int) -> bytes:
-    """The next decoded bytes, at most `limit`; none at the end."""
     while True:
       if self._decoder is None and not self._next_stream():
         return b""
@@ -187,6 +205,56 @@ class Streams(io.RawIOBase):
       return False
     self._decoder = DECODERS[self._compression]()
     return True
+
+
+# How files begin that hold text in another encoding than UTF-8.
+_MARKS = {
+  b"\xff\xfe\0\0": "utf-32",
+  b"\0\0\xfe\xff": "utf-32",
+  b"\xff\xfe": "utf-16",
+  b"\xfe\xff": "utf-16",
+}
+
+
+def encoding(head: bytes) -> str | None:
+  """The encoding that a byte order mark names, but for UTF-8."""
+  return next((e for mark, e in _MARKS.items() if head.startswith(mark)), None)
+
+
+def as_utf8(head: bytes, encoding: str) -> bytes:
+  """The first bytes of a file, which may end inside a character."""
+  return head.decode(encoding, "ignore").encode()
+
+
+class _Utf8(Decoded):
+  """A text file as UTF-8; halves of surrogate pairs become three bytes each."""
+
+  def __init__(self, file: BinaryIO, encoding: str):
+    super().__init__()
+    self._file = file
+    self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    self._ready = b""
+
+  def _some(self, limit: int) -> bytes:
+    block = b"more"
+    while block and not self._ready:
+      block = self._file.read(_INPUT)
+      try:
+        text = self._decoder.decode(block, final=not block)
+      except UnicodeDecodeError as error:
+        raise OSError(str(error)) from None
+      self._ready = text.encode("utf-8", "surrogatepass")
+    data, self._ready = self._ready[:limit], self._ready[limit:]
+    return data
+
+
+def transcode(file: BinaryIO, encoding: str) -> io.BufferedReader:
+  """A text file as UTF-8, to be read in order.
+
+  Args: encoding: of `encoding`.
+  Raises: one of DAMAGE while reading what is no such text.
+  """
+  return io.BufferedReader(_Utf8(file, encoding), BLOCK)
 
 
 def decompress(file: BinaryIO, compression: str) -> io.BufferedReader:

@@ -147,8 +147,10 @@ class _Header(tarfile.TarInfo):
       raise
     except tarfile.EmptyHeaderError:
       if tar.offset and not tar.has_ended:
-        raise tarfile.ReadError("the archive ends without a mark") from None
+        raise EOFError("the archive ends without a mark") from None
       raise
+    except tarfile.TruncatedHeaderError:
+      raise EOFError("the file ends inside a header") from None
     except tarfile.HeaderError as error:
       raise tarfile.ReadError(f"a bad header: {error}") from None
     tar.has_ended = False
@@ -174,6 +176,7 @@ def _read_tar(opened: Opened) -> Records:
     with _Tar.open(fileobj=blocks, mode="r|") as archive:
       for member in archive:
         where = f"{opened.where}/{member.name}"
+        opened.taken_bytes = member.offset_data
         if member.isdir():
           continue
         if is_hidden(member.name):
@@ -194,18 +197,27 @@ def _read_tar(opened: Opened) -> Records:
             is_stored=False,
             insisted=False,
           )
-          yield from read(nested, kind, packed)
+          for record in read(nested, kind, packed):
+            if isinstance(record, Document):
+              opened.taken_bytes += len(record.text)
+            yield record
+            del record
           if inner.consumed < member.size:  # damaged, or read in part
             while inner.read(compression.BLOCK):
               pass
+        opened.taken_bytes = archive.offset
         archive.members = []  # or it would keep every header
     opened.check_complete()
   except _ContainerError as error:
     if error.args[0] is not blocks:
       raise
     yield opened.damage(where, error.__cause__)
+  except EOFError as error:
+    yield opened.damage(where, error)
   except tarfile.TarError as error:
-    if str(error) != "empty file":
+    if "unexpected end" in str(error):
+      yield opened.damage(where, EOFError("the file ends inside a member"))
+    elif str(error) != "empty file":
       yield opened.damage(where, error)
 
 
@@ -258,6 +270,7 @@ _SKIPPERS = {
   "pointer": _read_pointer,
   "binary": _read_binary,
 }
+_IN_TEXT = ("jsonl", "json", "csv", "tsv")  # records written as text
 # Kinds that hold texts, and no records of prompts or messages that are read.
 _OF_TEXT = set(READERS) - {"jsonl", "json", "tar"}
 # What random bytes may be all the same, whatever they look like.
@@ -299,6 +312,25 @@ def _unpack(opened: Opened, packed: str | None) -> kinds.Content | None:
   return kinds.Content("packed")
 
 
+def _transcoded(opened: Opened, kind: str) -> kinds.Content | None:
+  """Makes UTF-8 of records in UTF-16 or 32; None where there are none.
+
+  Text of any encoding is trained on as it is, but records have to be parsed.
+  """
+  head = _head(opened)
+  encoding = compression.encoding(head)
+  if encoding is None:
+    return None
+  content = kinds.by_content(compression.as_utf8(head, encoding), opened.field)
+  if content is None or opened.insisted:
+    content = kinds.Content(kind)
+  if content.kind not in _IN_TEXT:
+    return None
+  opened.file = compression.transcode(opened.file, encoding)
+  opened.is_stored = False
+  return content
+
+
 def read(opened: Opened, kind: str, packed: str | None) -> Records:
   """The documents of an opened file, and a skip for every record without one.
 
@@ -306,7 +338,7 @@ def read(opened: Opened, kind: str, packed: str | None) -> Records:
   """
   content = _unpack(opened, packed)
   if content is None or opened.insisted:
-    content = kinds.Content(kind)
+    content = _transcoded(opened, kind) or kinds.Content(kind)
   elif content.kind == "binary" and kind in _MAY_BE_BINARY:
     content = kinds.Content(kind)
   opened.content = content.name

@@ -5,7 +5,8 @@
 - Names that start with "." are left out, unless the specification spells the
   dot. Each is a skip; what is below a hidden directory is not looked at.
 - A glob gives the files it matches and all below the directories it matches.
-- A directory that cannot be read is a skip.
+- A directory that cannot be read is a skip, and so is what is no file, as a
+  pipe; where the specification names one itself, it is refused.
 """
 
 import fnmatch
@@ -290,19 +291,23 @@ def _list(path: str, kind: str | None) -> tuple[list[Source], list[Skip]]:
       listing.match(*tree.split(start))
   except PermissionError as error:
     raise ValueError(f"{path} cannot be looked at: {error}.") from None
-  sources = []
+  sources, skips = [], listing.skips
   for name in sorted(listing.files):
     file = listing.files[name]
     full = tree.source(name)
     if not file.is_regular:
-      raise ValueError(f"{full} is not a regular file; give files only.")
+      if entry is not None and not entry.is_directory:
+        raise ValueError(f"{full} is not a regular file; give files only.")
+      detail = "a pipe, a socket or a device"
+      skips.append(Skip(full, "not a regular file", detail))
+      continue
     named, packed = kinds.by_name(full)
     sources.append(
       Source(
         full, kind or named, packed, file.size, file.modified, kind is not None
       )
     )
-  return sources, listing.skips
+  return sources, skips
 
 
 def _kind_prefix(path: str) -> tuple[str | None, str]:

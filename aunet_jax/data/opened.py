@@ -61,18 +61,32 @@ class Opened:
     if self.given_bytes:
       rest = rest * self.given_bytes // position
     # What was decoded to no record: a wrong bit may be noticed much later.
-    if self.taken_bytes and isinstance(self.file, io.BufferedReader):
-      if isinstance(self.file.raw, compression.Streams):
-        rest += self.file.raw.decoded - self.taken_bytes
+    raw = getattr(self.file, "raw", None)
+    if isinstance(raw, compression.Decoded):
+      decoded = raw.decoded
+    else:
+      decoded = position
+    if self.taken_bytes or not self.given_bytes:
+      rest += max(decoded - self.taken_bytes, 0)
     return rest
 
   def check_complete(self) -> None:
-    """Raises: ReadError where a connection ended before its file did."""
-    if self.is_remote and self.position() < self.size:
+    """To be called at the end of what was read.
+
+    Raises: ReadError where a connection ended before its file did; EOFError,
+      which is damage, where a file became shorter since it was listed.
+    """
+    if self.position() >= self.size:
+      return
+    if self.is_remote:
       raise remote.ReadError(
         f"reading {self.where} ended after {self.position():,} of "
         f"{self.size:,} bytes; try again."
       )
+    raise EOFError(
+      f"it became shorter while it was read: {self.position():,} bytes, not "
+      f"{self.size:,}"
+    )
 
 
 def one_line(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """Files behind URLs, through fsspec, and how their failures are told."""
 
 import contextlib
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -21,14 +23,15 @@ def is_url(path: str) -> bool:
 def filesystem(url: str) -> tuple[Any, str]:
   """fsspec's file system for a URL, and the path in it.
 
-  Raises: ValueError where no installed package knows such URLs.
+  Raises: ValueError where no installed package knows such URLs, or the archive
+    that one names is none.
   """
   import fsspec
 
   try:
     return fsspec.core.url_to_fs(url)
-  except (ImportError, ValueError) as error:
-    raise ValueError(f"cannot open {url}: {error}") from None
+  except (ImportError, ValueError, zipfile.BadZipFile, tarfile.TarError) as e:
+    raise ValueError(f"cannot open {url}: {e}") from None
 
 
 def full_url(url: str, system: Any, name: str) -> str:

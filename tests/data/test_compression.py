@@ -133,6 +133,28 @@ def test_a_wrong_checksum_is_damage():
     file.read()
 
 
+def test_a_damaged_text_is_lost_as_a_whole(tmp_path):
+  path = tmp_path / "a.txt.bz2"
+  path.write_bytes(bz2.compress(b"x" * 5000) + b"garbage")
+  texts, (skip,) = _read(path)
+  assert texts == [] and skip.lost_bytes == 5000 + len(b"garbage")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_text_becomes_utf8_as_it_is_read(encoding):
+  text = "größer 中a 😀\n" * 5000 + "\ud800"
+  stored = text.encode(encoding, "surrogatepass")
+  assert compression.encoding(stored) == encoding
+  file = compression.transcode(io.BytesIO(stored), encoding)
+  assert file.read() == text.encode("utf-8", "surrogatepass")
+  file = compression.transcode(io.BytesIO(stored[:-1]), encoding)
+  assert file.readline() == "größer 中a 😀\n".encode()
+  with pytest.raises(compression.DAMAGE, match="truncated"):
+    file.read()
+  head = compression.as_utf8(stored[:101], encoding)  # cut in a character
+  assert text.encode("utf-8", "surrogatepass").startswith(head) and head
+
+
 @pytest.mark.parametrize("suffix", PACK)
 def test_first_bytes_tell_the_compression(suffix):
   assert compression.sniff(PACK[suffix](b"text")) == suffix

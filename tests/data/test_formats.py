@@ -93,6 +93,16 @@ def test_a_damaged_archive_gives_what_comes_before(tmp_path, what):
     texts, skips = read_all(tmp_path / name)
     assert texts == [text for _, text in members[:4]]
     assert [skip.reason for skip in skips] == ["corrupt file"]
+    if what == "bad header":  # the rest of it is there
+      assert 5 * 600 <= skips[0].lost_bytes <= len(data) - 4 * 1536
+    else:  # nobody knows what would have come
+      assert skips[0].lost_bytes is None
+
+
+def test_what_is_no_archive_is_lost_as_a_whole(tmp_path):
+  (tmp_path / "a.tar").write_bytes(b"plain text\n" * 99)
+  (skip,) = read_all(tmp_path / "a.tar")[1]
+  assert (skip.reason, skip.lost_bytes) == ("corrupt file", 11 * 99)
 
 
 def test_damage_inside_a_file_of_an_archive_stays_there(tmp_path):

@@ -124,6 +124,30 @@ def test_text_is_text(tmp_path, text):
   assert read_all(tmp_path / "a.txt") == ([text], [])
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize(
+  "name, content",
+  [
+    ("a.jsonl", '{"text": "中a"}\n{"text": "größer"}\n'),
+    ("a.txt", '{"text": "中a"}\r\n{"text": "größer"}\r\n'),
+    ("a.json", '[{"text": "中a"},\n {"text": "größer"}]'),
+    ("a.csv", 'n,text\r\n1,中a\r\n2,"größer"\r\n'),
+    ("a.tsv", "n\ttext\n1\t中a\n2\tgrößer\n"),
+  ],
+)
+def test_records_of_other_encodings_are_read(tmp_path, name, content, encoding):
+  """A line of UTF-16 begins with half of a line feed: 中a came out as -乡."""
+  data = content.encode(encoding)
+  texts = ["中a".encode(), "größer".encode()]
+  (tmp_path / name).write_bytes(data)
+  assert read_all(tmp_path / name) == (texts, [])
+  (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+  assert read_all(tmp_path / f"{name}.gz") == (texts, [])
+  assert read_all(f"text:{tmp_path / name}") == ([data], [])
+  (tmp_path / name).write_bytes(data + b"x")
+  assert read_all(tmp_path / name)[1]  # half a character
+
+
 def test_a_pointer_says_how_much_is_missing(tmp_path):
   pointer = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"

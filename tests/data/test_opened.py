@@ -25,8 +25,10 @@ def test_what_is_lost_is_the_rest_at_the_rate_of_what_was_read():
   file.given_bytes = 1000
   skip = file.damage("a:7", zlib.error("bad"))
   assert skip == ("a:7", "corrupt file", "bad", 3000)
-  file.given_bytes = 0
-  assert file.damage("a:7", zlib.error("bad")).lost_bytes == 750
+  file.taken_bytes = 200  # 50 more were read, to no document
+  assert file.damage("a:7", zlib.error("bad")).lost_bytes == 3050
+  file.given_bytes = file.taken_bytes = 0  # all of it is lost
+  assert file.damage("a:7", zlib.error("bad")).lost_bytes == 1000
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,12 @@ def test_damage_of_a_remote_file(error, position, is_network):
 
 def test_a_remote_file_has_to_be_read_to_its_end():
   _opened(1000, 1000, is_remote=True).check_complete()
-  _opened(1000, 10).check_complete()
   with pytest.raises(remote.ReadError, match="after 10 of 1,000 bytes"):
     _opened(1000, 10, is_remote=True).check_complete()
+
+
+def test_a_file_that_became_shorter_is_damaged():
+  _opened(1000, 1000).check_complete()
+  _opened(1000, 1500).check_complete()  # it grew
+  with pytest.raises(EOFError, match="shorter while it was read: 10 bytes"):
+    _opened(1000, 10).check_complete()

@@ -68,6 +68,14 @@ def test_the_url_of_a_file_that_was_found(url, name, full):
   assert remote.full_url(url, system, name) == full
 
 
+def test_an_archive_that_is_none_is_named(tmp_path):
+  (tmp_path / "a.zip").write_bytes(b"no archive")
+  with pytest.raises(
+    ValueError, match="cannot open zip://.*a.zip: .*not a zip"
+  ):
+    remote.filesystem(f"zip://*::{tmp_path}/a.zip")
+
+
 def test_an_unknown_protocol_is_named():
   with pytest.raises(ValueError, match="cannot open nowhere://a"):
     remote.filesystem("nowhere://a")

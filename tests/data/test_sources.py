@@ -175,10 +175,28 @@ def test_what_matches_no_file_is_an_error(tmp_path, name):
     read_all(str(tmp_path / name))
 
 
-def test_a_pipe_is_refused(tmp_path):
+def test_what_is_no_file_is_counted_or_refused_where_it_is_named(tmp_path):
   os.mkfifo(tmp_path / "pipe")
-  with pytest.raises(ValueError, match="not a regular file"):
-    read_all(str(tmp_path))
+  os.symlink("/dev/null", tmp_path / "device")
+  (tmp_path / "a.txt").write_text("text")
+  for path in (tmp_path, f"{tmp_path}/*", f"file://{tmp_path}"):
+    texts, skips = read_all(str(path))
+    assert texts == [b"text"]
+    assert [skip.reason for skip in skips] == ["not a regular file"] * 2
+  for name in ("pipe", "device"):
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+      read_all(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_file_that_shrinks_while_it_is_read_is_damaged(tmp_path, name):
+  path = tmp_path / name
+  path.write_bytes(b'{"text": "a"}\n' * 10 if name == "a.jsonl" else b"text\n")
+  (source,), _ = sources.list_sources(str(path))
+  os.truncate(path, path.stat().st_size // 2 // 14 * 14)  # whole lines
+  *_, skip = sources.read_source(source, "text")
+  assert skip.reason == "corrupt file" and "shorter" in skip.detail
+  assert skip.lost_bytes is None
 
 
 # ----- damage ---------------------------------------------------------------
