@@ -23,6 +23,7 @@ OPTIMIZERS = ("adamw", "muon")
 UNDECAYED = ("norms", "embeddings", "head")
 DTYPES = ("float32", "bfloat16")
 FORMATS = ("text", "completion", "chat")
+MOST_HEADS = 4  # bytes a model predicts at one position
 LARGEST = 2**62  # no setting is above; past it numbers overflow
 
 
@@ -148,6 +149,10 @@ class ModelConfig:
   tie_embeddings: bool = False  # the head is the byte table, turned
   ngram_rows: int = 0  # of each table of n-grams, a power of two; 0 = none
   ngram_longest: int = 8  # bytes; there is a table for each n from 3 to it
+  heads: int = 1  # bytes predicted at a position: the next, and those after it
+  # Of the loss of each head after the first, added to the first's (0.3 in
+  # arXiv 2412.19437).
+  heads_loss_weight: float = 0.3
   dtype: str = "bfloat16"  # compute; norms, softmax, logits, loss: float32
   param_dtype: str = "float32"
   unroll_layers: bool = False  # True: no loop over layers in the program
@@ -180,6 +185,8 @@ class ModelConfig:
     _check_positive("model.rope_theta", self.rope_theta)
     _check_range("model.ngram_rows", self.ngram_rows, 0, 2**28)
     _check_range("model.ngram_longest", self.ngram_longest, 3, 32)
+    _check_range("model.heads", self.heads, 1, MOST_HEADS)
+    _check_range("model.heads_loss_weight", self.heads_loss_weight, 0)
     if self.ngram_rows & (self.ngram_rows - 1):
       raise ValueError(
         f"model.ngram_rows={self.ngram_rows} must be a power of two; try "

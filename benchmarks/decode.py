@@ -10,6 +10,10 @@ then replaced), so that words are as long as words are; weights are random.
   forward    the same model, the whole row again for every byte
   flat       a byte transformer of equal parameters, equal window, KV cache
   flatness   time per byte around byte 200 and around byte 8,000
+  drafts     plain decoding and drafts at batch 1, whole generations in turns:
+             --drafts --workdir=runs/mine for a model trained with model.heads,
+             whose drafts are worth something; --drafts --model=R2 tells with
+             random weights what a turn costs
 """
 
 import argparse
@@ -29,7 +33,7 @@ from aunet_jax.aunet.network import AUNet, init_params
 from aunet_jax.config import ModelConfig, StageConfig
 from aunet_jax.data.rows import make_rows
 from aunet_jax.generate import decode, prefill, sampling
-from aunet_jax.generate.generator import counters_of, make_stats
+from aunet_jax.generate.generator import Generator, counters_of, make_stats
 from aunet_jax.generate.sampling import Sampling
 from aunet_jax.splitting.splitter import Splitter
 from benchmarks import measure
@@ -350,6 +354,67 @@ def bench_flatness(args, config):
   )
 
 
+def bench_drafts(args, config):
+  """Bytes/s of plain decoding and of drafts, by temperature."""
+  if args.workdir is not None:
+    generator = Generator.from_workdir(args.workdir, int8=args.int8)
+  else:
+    config = dataclasses.replace(config, heads=args.heads)
+    splitter = Splitter(config.rules)
+    generator = Generator(
+      config, random_params(config), splitter, int8=args.int8
+    )
+  starts = [7919 * b % (len(TEXT) - 4096) for b in range(args.texts)]
+  prompts = [TEXT[s : s + args.prompt_bytes] for s in starts]
+  line = {
+    "model": args.workdir or args.model,
+    "params": num_params(generator.config),
+    "dtype": generator.config.dtype,
+    "heads": generator.config.heads,
+    "prompt_bytes": args.prompt_bytes,
+    "max_bytes": args.max_bytes,
+    "texts": args.texts,
+    **measure.machine("decode"),
+    "by_temperature": {},
+  }
+  for temperature in (0.0, 0.8, 1.0):
+    settings = Sampling(temperature=temperature)
+    seconds = {False: 0.0, True: 0.0}
+    num_bytes = num_turns = num_same = 0
+    for seed, prompt in enumerate(prompts):
+      best, texts, stats = {False: np.inf, True: np.inf}, {}, []
+      for _ in range(args.repeats + 1):
+        for drafts in best:
+          begin = time.perf_counter()
+          (texts[drafts],) = generator.generate(
+            [prompt],
+            max_bytes=args.max_bytes,
+            settings=settings,
+            seed=seed,
+            drafts=drafts,
+            on_stats=stats.append if drafts else None,
+          )
+          passed = time.perf_counter() - begin
+          best[drafts] = min(best[drafts], passed)
+      num_same += texts[False].data == texts[True].data
+      num_bytes += stats[0].num_bytes
+      num_turns += stats[0].slots[0] / generator.config.heads
+      for drafts in seconds:
+        seconds[drafts] += best[drafts]
+    bytes_per_turn = num_bytes / num_turns
+    ratio = seconds[False] / seconds[True]
+    line["by_temperature"][temperature] = {
+      "plain_bytes_per_second": num_bytes / seconds[False],
+      "drafts_bytes_per_second": num_bytes / seconds[True],
+      "ratio": ratio,
+      "bytes_per_turn": bytes_per_turn,
+      # A turn over a byte of plain decoding: below bytes_per_turn, drafts pay.
+      "turn_over_byte": bytes_per_turn / ratio,
+      "same_texts": num_same,
+    }
+  print(json.dumps(line), flush=True)
+
+
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -364,10 +429,17 @@ def main():
   parser.add_argument("--int8", action="store_true")
   parser.add_argument("--baselines", action="store_true")
   parser.add_argument("--flatness", action="store_true")
+  parser.add_argument("--drafts", action="store_true")
+  parser.add_argument("--workdir", help="of a trained model, for --drafts")
+  parser.add_argument("--heads", type=int, default=4, help="for --drafts")
+  parser.add_argument("--texts", type=int, default=4, help="for --drafts")
   args = parser.parse_args()
   config = ModelConfig(stages=MODELS[args.model], dtype=args.dtype)
   if args.flatness:
     bench_flatness(args, config)
+    return
+  if args.drafts:
+    bench_drafts(args, config)
     return
   for batch in args.batches.split(","):
     bench_speed(args, config, int(batch))

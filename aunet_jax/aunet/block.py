@@ -97,11 +97,13 @@ class Block(nn.Module):
     }
 
   @staticmethod
-  def step(weights, stage, model, cache, x_CD, tables, position_C, rows_C):
+  def step(
+    weights, stage, model, cache, x_CD, tables, position_C, rows_C, ahead=1
+  ):
     """Returns: x_CD, and the entry that the cache gets."""
     h_CD = rms_norm(x_CD, weights["mixer_norm"], model.norm_eps)
     y_CD, entry = mixer_of(stage).step(
-      weights["mixer"], stage, cache, h_CD, tables, position_C, rows_C
+      weights["mixer"], stage, cache, h_CD, tables, position_C, rows_C, ahead
     )
     x_CD += y_CD
     h_CD = rms_norm(x_CD, weights["ffn_norm"], model.norm_eps)
@@ -192,8 +194,11 @@ class Stack(nn.Module):
     return [layer(number) for number in range(stage.num_layers)]
 
   @staticmethod
-  def step(layers, stage, model, caches, x_CD, position_C, rows_C):
+  def step(layers, stage, model, caches, x_CD, position_C, rows_C, ahead=1):
     """The blocks at one position of each row: x_CD, and the Write to store.
+
+    With `ahead` the block holds so many successive positions of a row side by
+    side, rows_C the row each time; each sees those before it.
 
     Reads the caches and leaves them as they are: one that is changed inside a
     branch is copied on every turn of the loop, so all writes wait till after.
@@ -202,7 +207,7 @@ class Stack(nn.Module):
     write = Write(rows_C, position_C, [])
     for weights, cache in zip(layers, caches, strict=True):
       x_CD, entry = Block.step(
-        weights, stage, model, cache, x_CD, tables, position_C, rows_C
+        weights, stage, model, cache, x_CD, tables, position_C, rows_C, ahead
       )
       write.entries.append(entry)
     return x_CD, write

@@ -6,7 +6,7 @@ Such convolutions stand in front of the mixer of most recurrent models
 (arXiv 2312.00752). Made of the mixer's parts: see `self_attention`.
 
 Letters: B rows of the batch, C rows of a block, L positions, D width, W taps,
-M = W - 1 positions kept.
+M = W - 1 positions kept, Q successive positions of a row, X = M + Q.
 """
 
 from typing import NamedTuple
@@ -63,18 +63,25 @@ class ConvolvedAttention(SelfAttention):
     return {"taps": params["taps"], "attention": attention}
 
   @staticmethod
-  def step(weights, stage, kept: Kept, x_CD, tables, position_C, rows_C):
+  def step(
+    weights, stage, kept: Kept, x_CD, tables, position_C, rows_C, ahead=1
+  ):
     """Returns: y_CD, and attention's entry with the inputs (C, M, D)."""
-    past_CMD = take(kept.inputs_BMD, rows_C)
-    window_CWD = jnp.concatenate([past_CMD, x_CD[:, None]], axis=1)
-    y_CD = x_CD
+    past_CMD = take(kept.inputs_BMD, rows_C[::ahead])
+    x_CQD = x_CD.reshape(-1, ahead, x_CD.shape[-1])
+    window_CXD = jnp.concatenate([past_CMD, x_CQD], axis=1)
+    M = past_CMD.shape[1]
     for back, taps_D in enumerate(weights["taps"].astype(x_CD.dtype)):
-      y_CD += window_CWD[:, -1 - back] * taps_D[None]
+      past_CQD = window_CXD[:, M - back : M - back + ahead]
+      x_CQD += past_CQD * taps_D[None, None]
     y_CD, entry = SelfAttention.step(
-      weights["attention"], stage, kept.rings, y_CD, tables[0], position_C,
-      rows_C,
+      weights["attention"], stage, kept.rings, x_CQD.reshape(x_CD.shape),
+      tables[0], position_C, rows_C, ahead,
     )  # fmt: skip
-    return y_CD, (entry, window_CWD[:, 1:])
+    kept_CQMD = jnp.stack(
+      [window_CXD[:, q : q + M] for q in range(1, ahead + 1)], axis=1
+    )
+    return y_CD, (entry, kept_CQMD.reshape(-1, *past_CMD.shape[1:]))
 
   @staticmethod
   def fill(stage, history: dict, count_B: jax.Array, num_slots: int) -> Kept:
@@ -96,6 +103,11 @@ class ConvolvedAttention(SelfAttention):
   @staticmethod
   def write(kept: Kept, rows_C, position_C, entry) -> Kept:
     rings = SelfAttention.write(kept.rings, rows_C, position_C, entry[0])
+    B, C = kept.inputs_BMD.shape[0], rows_C.shape[0]
+    if C > B:  # several positions of a row: its newest has all that is kept
+      later_CC = position_C[None] > position_C[:, None]
+      later_CC &= rows_C[None] == rows_C[:, None]
+      rows_C = jnp.where(later_CC.any(axis=1), B, rows_C)
     return Kept(rings, put(kept.inputs_BMD, rows_C, entry[1]))
 
   # ----- counts of one block ------------------------------------------------

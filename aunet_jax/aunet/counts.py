@@ -10,6 +10,7 @@ import numpy as np
 
 from aunet_jax.aunet import ngrams
 from aunet_jax.aunet.block import Block, SwiGLU, mixer_of
+from aunet_jax.aunet.heads import Head
 from aunet_jax.aunet.transition import Pool, upsampling_of
 from aunet_jax.config import ModelConfig
 
@@ -54,6 +55,10 @@ def parameters(model: ModelConfig) -> tuple[dict[str, int], ...]:
       if model.level_loss_weight > 0:
         width = 2 * stage.dim
         more.append({"level head": width * model.num_stages, "norms": width})
+      if model.heads > 1:
+        heads = (model.heads - 1) * Head.num_weights(model)
+        norms = (model.heads - 1) * Head.num_small(model)
+        more.append({"heads": heads, "norms": norms})
     if i < model.num_stages - 1:
       widths = _transition_dims(model, i)
       more.append(Pool.num_parameters(model, *widths))
@@ -98,7 +103,7 @@ def _forward(
   positions: Sequence[float],
   padded: tuple[int, str] | None = None,
 ) -> tuple[dict[str, float], ...]:
-  """Forward FLOPs by stage and kind.
+  """Forward FLOPs by stage and kind, of all heads, as in training.
 
   Args:
     positions: of each stage.
@@ -115,7 +120,10 @@ def _forward(
       "ffn": 2 * n * layers * SwiGLU.num_weights(stage),
     }
     if i == 0:
-      kinds["head"] = 2 * n * stage.dim * model.vocab_size
+      kinds["head"] = 2 * n * stage.dim * model.vocab_size * model.heads
+      if model.heads > 1:
+        weights = (model.heads - 1) * Head.num_weights(model)
+        kinds["heads"] = 2 * n * weights
       if model.level_loss_weight > 0:
         kinds["head"] += 2 * n * 2 * stage.dim * model.num_stages
     if i < model.num_stages - 1:
@@ -208,8 +216,10 @@ def activation_bytes(model: ModelConfig) -> tuple[int, ...]:
     _layers(model, i) * Block.saved_bytes(stage, size)
     for i, stage in enumerate(model.stages)
   ]
-  logits = model.capacities[0] * model.vocab_size * 4
-  return (saved[0] + 2 * logits, *saved[1:])  # and their gradient
+  logits = model.capacities[0] * model.vocab_size * 4 * model.heads
+  saved[0] += 2 * logits  # and their gradient
+  saved[0] += (model.heads - 1) * Head.saved_bytes(model, size)
+  return tuple(saved)
 
 
 def cache_bytes(model: ModelConfig) -> tuple[int, ...]:
@@ -253,7 +263,9 @@ def collective_bytes(
   layered = gathered_once = gathered_twice = whole = 0
   for kinds in parameters(model):
     gathered_twice += kinds.get("pool", 0)
-    gathered_once += kinds.get("upsample", 0) + kinds.get("ngrams", 0)
+    gathered_once += sum(
+      kinds.get(kind, 0) for kind in ("upsample", "ngrams", "heads")
+    )
     copied = sum(
       kinds.get(kind, 0)
       for kind in ("norms", "embedding", "head", "level head")

@@ -58,6 +58,24 @@ def target_levels(
   return level_BL, known_BL.astype(jnp.float32)
 
 
+def targets_ahead(
+  batch: dict[str, jax.Array], ahead: int
+) -> tuple[jax.Array, jax.Array]:
+  """The target so many positions on, and its weight, both (B, L).
+
+  The weight is 0 where the piece ends before.
+  """
+  documents_BL = batch["documents"]
+  pieces_BL = jnp.cumsum(piece_starts(documents_BL), axis=1, dtype=jnp.int32)
+
+  def later(x_BL):
+    return jnp.pad(x_BL[:, ahead:], ((0, 0), (0, ahead)))
+
+  same_BL = (later(pieces_BL) == pieces_BL) & (documents_BL > 0)
+  weights_BL = later(batch["weights"])
+  return later(batch["targets"]), jnp.where(same_BL, weights_BL, 0)
+
+
 def bits_per_byte(total_nats: float, num_bytes: int) -> float:
   """Raises: ValueError where there is no byte to divide by."""
   if num_bytes <= 0:

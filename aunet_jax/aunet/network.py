@@ -17,6 +17,8 @@ width of a stage, E width of the next, V vocabulary, O offset matrices, P
 number of levels.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,21 @@ import jax.numpy as jnp
 from aunet_jax.aunet import attention, quantize, sharding
 from aunet_jax.aunet.block import Stack
 from aunet_jax.aunet.cache import HISTORY
+from aunet_jax.aunet.heads import Head, Heads
 from aunet_jax.aunet.layers import fan_in_init, norm_of, project, rms_norm
 from aunet_jax.aunet.ngrams import NGrams
 from aunet_jax.aunet.quantize import matmul
 from aunet_jax.aunet.segments import piece_starts, segment
 from aunet_jax.aunet.transition import Pool, upsampling_of
 from aunet_jax.config import ModelConfig
+
+
+class Predictions(NamedTuple):
+  """What a model says of the bytes to come, all float32."""
+
+  logits_BLV: jax.Array  # of the next byte
+  level_logits_BLP: jax.Array | None  # level of the next byte
+  ahead_BLV: tuple  # logits of the byte after it, and so on: model.heads - 1
 
 
 class AUNet(nn.Module):
@@ -44,7 +55,7 @@ class AUNet(nn.Module):
     levels_BL: jax.Array,
     documents_BL: jax.Array | None = None,
     targets_BL: jax.Array | None = None,
-  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+  ) -> jax.Array | Predictions:
     """Predicts the next byte at every position.
 
     Args:
@@ -53,11 +64,10 @@ class AUNet(nn.Module):
         first position of every piece counts as deepest whatever it says.
       documents_BL: int; equal ids that touch are one piece, which sees only
         itself; 0 is padding. None: each row is one piece.
-      targets_BL: int, next bytes; only with the level head.
+      targets_BL: int, next bytes; of use to the level head and to the heads
+        after the first.
 
-    Returns:
-      logits_BLV float32; with targets_BL, also the level head's
-      level_logits_BLP float32 (level of the target byte).
+    Returns: logits_BLV float32; with targets_BL, Predictions.
     """
     config = self.config
     attention.check(config.stages, sharding.platform())
@@ -83,20 +93,32 @@ class AUNet(nn.Module):
     x_BLD = nn.with_logical_constraint(x_BLD, ("batch", "length", "activation"))
     x_BLD = self._stage(0, x_BLD, levels_BL, documents_BL)
 
-    h_BLD = norm_of(config, config.head_eps)(name="norm")(x_BLD)
-    h_BLD = h_BLD if config.final_norm else x_BLD
+    norm = norm_of(config, config.head_eps)(name="norm")
     if config.tie_embeddings:
       head_DV = embed_VD.T
     else:
       head_DV = self.param(
         "head", fan_in_init(D, ("activation", "vocab")), (D, V), param_dtype
       )
-    logits_BLV = project(h_BLD, head_DV.astype(dtype), dtype=jnp.float32)
-    logits_BLV = capped(config, logits_BLV)
-    if config.level_loss_weight == 0:
+
+    def predict(x_BLD):
+      h_BLD = norm(x_BLD)
+      h_BLD = h_BLD if config.final_norm else x_BLD
+      logits_BLV = project(h_BLD, head_DV.astype(dtype), dtype=jnp.float32)
+      return capped(config, logits_BLV)
+
+    logits_BLV = predict(x_BLD)
+    # Parameters exist even when nothing is predicted.
+    known_BL = jnp.zeros_like(levels_BL) if targets_BL is None else targets_BL
+    level_logits_BLP, ahead_BLD = None, ()
+    if config.level_loss_weight > 0:
+      level_logits_BLP = self._level_head(x_BLD, embed_VD, known_BL)
+    if config.heads > 1:
+      ahead_BLD = Heads(config, name="heads")(x_BLD, embed_VD, known_BL)
+    if targets_BL is None:
       return logits_BLV
-    level_logits_BLP = self._level_head(x_BLD, embed_VD, targets_BL)
-    return logits_BLV if targets_BL is None else (logits_BLV, level_logits_BLP)
+    ahead_BLV = tuple(map(predict, ahead_BLD))
+    return Predictions(logits_BLV, level_logits_BLP, ahead_BLV)
 
   def _stage(self, i, x_BLD, levels_BL, documents_BL):
     """Stage i + 1 and everything below it."""
@@ -142,8 +164,6 @@ class AUNet(nn.Module):
   def _level_head(self, x_BLD, embed_VD, targets_BL):
     """Level of the next byte from the state before it and the byte itself."""
     config = self.config
-    if targets_BL is None:  # parameters exist even when nothing is predicted
-      targets_BL = jnp.zeros(x_BLD.shape[:2], jnp.int32)
     target_BLD = embed_VD.astype(x_BLD.dtype)[targets_BL]
     h_BLD = jnp.concatenate([x_BLD, target_BLD], axis=-1)
     h_BLD = norm_of(config, config.head_eps)(name="level_norm")(h_BLD)
@@ -218,6 +238,11 @@ def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
   if config.level_loss_weight > 0:
     weights["level_norm"] = params["level_norm"]["scale"]
     weights["level_head"] = params["level_head"].astype(dtype)
+  if config.heads > 1:
+    weights["heads"] = [
+      Head.weights(params["heads"][f"ahead_{k}"], matrix)
+      for k in range(2, config.heads + 1)
+    ]
   for name, i in stack_names(config).items():
     weights[name] = Stack.weights(params[name], config.stages[i], matrix)
   for i in range(1, config.num_stages):
@@ -232,7 +257,7 @@ def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
 def round_params(params: dict, config: ModelConfig) -> dict:
   """Parameters with the values that `make_weights` keeps with int8."""
   head = {"embed": (1,)} if config.tie_embeddings else {"head": (0,)}
-  contracted = head | Pool.CONTRACTED
+  contracted = head | Head.CONTRACTED | Pool.CONTRACTED
   contracted |= upsampling_of(config).CONTRACTED
   for stage in config.stages:
     contracted |= Stack.contracted(stage)
@@ -251,6 +276,13 @@ def logits(weights, config, h_CD):
   if config.final_norm:
     h_CD = rms_norm(h_CD, weights["norm"], config.head_eps)
   return capped(config, matmul(h_CD, weights["head"], jnp.float32))
+
+
+def ahead(weights, config, k, h_CD, byte_C):
+  """What predicts the byte k ahead (k >= 2), of what predicts the one before it
+  and that byte."""
+  e_CD = weights["embed"][byte_C]
+  return Head.step(weights["heads"][k - 2], config, h_CD, e_CD)
 
 
 def predicted_level(weights, config, h_CD, byte_C):

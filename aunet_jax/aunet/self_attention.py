@@ -19,7 +19,8 @@ on accelerators (`convert/lingua.py` permutes).
 
 Letters: B rows of the batch, C rows of a block, L positions, S positions of a
 history, W slots of a ring, D width, H query heads, G key/value heads, R query
-heads per key/value head, K head dim, J = K / 2, M attended positions.
+heads per key/value head, K head dim, J = K / 2, M attended positions, Q
+successive positions of a row, U those of them that are attended to.
 """
 
 from typing import NamedTuple
@@ -119,6 +120,45 @@ def _attend_rows(queries, rings: Rings, rows_C):
   return take(_attend(*queries, rings), rows_C)
 
 
+def _attend_ahead(q_CHK, k_CGK, v_CGK, position_C, rings: Rings, rows_C, Q):
+  """Attention of Q successive positions of each row, side by side in C.
+
+  Each attends to the ring, which holds none of them yet, and to those before
+  it. Returns: as `_attend`.
+  """
+  rings = Rings(*(take(x, rows_C[::Q]) for x in rings))
+  _, H, K = q_CHK.shape
+  C, G, W, _ = rings.keys_BGWK.shape
+  q_CQGRK = (q_CHK * K**-0.5).reshape(C, Q, G, H // G, K)
+  k_CUGK, v_CUGK = (x.reshape(C, Q, G, K) for x in (k_CGK, v_CGK))
+  first_C1 = position_C[::Q, None]
+  slot_1W = jnp.arange(W)[None]
+  held_CW = first_C1 - 1 - (first_C1 - 1 - slot_1W) % W  # < 0: empty slot
+  begin_CQ = position_C.reshape(C, Q) - W + 1
+  seen_CQW = (held_CW >= 0)[:, None] & (held_CW[:, None] >= begin_CQ[..., None])
+  back_QU = jnp.arange(Q)[:, None] - jnp.arange(Q)[None]
+  seen_QU = (back_QU >= 0) & (back_QU < W)
+  score_CQGRW = jnp.einsum(
+    "CQGRK,CGWK->CQGRW",
+    q_CQGRK,
+    rings.keys_BGWK,
+    preferred_element_type=jnp.float32,
+  )
+  own_CQGRU = jnp.einsum(
+    "CQGRK,CUGK->CQGRU", q_CQGRK, k_CUGK, preferred_element_type=jnp.float32
+  )
+  score_CQGRW = jnp.where(seen_CQW[:, :, None, None], score_CQGRW, -jnp.inf)
+  own_CQGRU = jnp.where(seen_QU[None, :, None, None], own_CQGRU, -jnp.inf)
+  weight_CQGRM = jax.nn.softmax(
+    jnp.concatenate([score_CQGRW, own_CQGRU], axis=-1), axis=-1
+  ).astype(v_CGK.dtype)
+  y_CQGRK = jnp.einsum(
+    "CQGRW,CGWK->CQGRK", weight_CQGRM[..., :W], rings.values_BGWK
+  )
+  y_CQGRK += jnp.einsum("CQGRU,CUGK->CQGRK", weight_CQGRM[..., W:], v_CUGK)
+  return y_CQGRK.reshape(C * Q, H * K)
+
+
 class SelfAttention(nn.Module):
   """The mixer of every stage, under the name "attention"."""
 
@@ -189,8 +229,13 @@ class SelfAttention(nn.Module):
     }
 
   @staticmethod
-  def step(weights, stage, rings: Rings, x_CD, tables, position_C, rows_C):
-    """Returns: y_CD, and the keys and values (C, G, K) to write."""
+  def step(
+    weights, stage, rings: Rings, x_CD, tables, position_C, rows_C, ahead=1
+  ):
+    """Returns: y_CD, and the keys and values (C, G, K) to write.
+
+    Args: ahead: successive positions of a row that lie side by side.
+    """
     C = x_CD.shape[0]
     H, G, K = stage.num_heads, stage.kv_heads, stage.head_dim
     qkv_CGMK = matmul(x_CD, weights["qkv"]).reshape(C, G, -1, K)
@@ -201,7 +246,11 @@ class SelfAttention(nn.Module):
       k_CGK = rms_norm(k_CGK, weights["key_norm"], QK_EPS)
     q_CHK = apply_rope(q_CHK[:, None], *tables)[:, 0]
     k_CGK = apply_rope(k_CGK[:, None], *tables)[:, 0]
-    y_CD = _attend_rows((q_CHK, k_CGK, v_CGK, position_C), rings, rows_C)
+    new = (q_CHK, k_CGK, v_CGK, position_C)
+    if ahead > 1:
+      y_CD = _attend_ahead(*new, rings, rows_C, ahead)
+    else:
+      y_CD = _attend_rows(new, rings, rows_C)
     return matmul(y_CD, weights["out"]), (k_CGK, v_CGK)
 
   @staticmethod

@@ -201,6 +201,7 @@ def check_official(config: ModelConfig) -> None:
     "logit_cap": config.logit_cap is not None,
     "ngram_rows": config.ngram_rows > 0,
     "tie_embeddings": config.tie_embeddings,
+    "heads": config.heads > 1,
   }
   used = [name for name, is_used in extra.items() if is_used]
   if used:

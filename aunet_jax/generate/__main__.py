@@ -103,6 +103,12 @@ def make_parser() -> argparse.ArgumentParser:
     action="store_true",
     help="only bytes that keep the text valid UTF-8",
   )
+  add(
+    "--drafts",
+    action="store_true",
+    help="let the heads of a model trained with model.heads draft bytes and "
+    "verify several at once; the same text",
+  )
   add("--int8", action="store_true", help="keep matrices as 8-bit integers")
   terminal.add_trust_rules(parser)
   add("--json", action="store_true", help="one JSON object per sample instead")
@@ -168,6 +174,7 @@ def _settings(args) -> dict:
     "seed": args.seed,
     "stop": check_stops(stop),
     "levels": args.levels,
+    "drafts": args.drafts,
     "max_positions": args.max_positions,
   }
 

@@ -22,9 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 from aunet_jax.aunet import network, sharding
-from aunet_jax.config import ModelConfig
+from aunet_jax.config import MOST_HEADS, ModelConfig
 from aunet_jax.data.rows import Rows, make_rows
-from aunet_jax.generate import decode, prefill, sampling, utf8
+from aunet_jax.generate import decode, draft, prefill, sampling, utf8
 from aunet_jax.generate.decode import Output, State
 from aunet_jax.generate.sampling import Sampling, Top, whole_number
 from aunet_jax.generate.streaming import (
@@ -96,7 +96,9 @@ def default_schedule(batch: int, mesh: Mesh | None) -> str:
   return "pack" if batch >= 32 else "half"  # blocks of few rows are slow
 
 
-_prefill = jax.jit(prefill.prefill, static_argnames=("config", "slots"))
+_prefill = jax.jit(
+  prefill.prefill, static_argnames=("config", "slots", "again")
+)
 
 
 run_program = jax.jit(
@@ -109,6 +111,13 @@ run_program = jax.jit(
     "max_turns",
     "use_level_head",
   ),
+  donate_argnames="state",
+)
+
+
+draft_program = jax.jit(
+  draft.run,
+  static_argnames=("config", "splitter_step", "max_turns"),
   donate_argnames="state",
 )
 
@@ -266,8 +275,29 @@ class Generator:
         "weight above 0."
       )
 
+  def _check_drafts(self, batch, levels) -> None:
+    needed = {
+      f"a model trained with model.heads of 2 to {MOST_HEADS}, not 1": (
+        self.config.heads > 1
+      ),
+      f"one prompt and one sample, not {batch} rows": batch == 1,
+      'levels="rule"': levels == "rule",
+      "one device": self.mesh is None,
+    }
+    for need, is_met in needed.items():
+      if not is_met:
+        raise ValueError(f"drafts need {need}; leave draft out.")
+
   def _start(
-    self, prompts, num_samples, seeds, max_bytes, stop, settings, num_top
+    self,
+    prompts,
+    num_samples,
+    seeds,
+    max_bytes,
+    stop,
+    settings,
+    num_top,
+    drafts,
   ):
     """Prefills and gives (State, Rows, PromptScores), one row a sample."""
     config = self.config
@@ -282,6 +312,7 @@ class Generator:
       rows.counts_BN,
       config=config.with_capacities(rows.capacities),
       slots=slots,
+      again=drafts,
     )
     scores = _prompt_scores(logits_BLV, rows.bytes_BL, num_top)
     if num_samples > 1:
@@ -298,12 +329,15 @@ class Generator:
       stop,
       max_bytes=max_bytes,
       num_top=num_top,
-      recent=MAX_TURNS,
+      recent=MAX_TURNS * (config.heads if drafts else 1),
     )
     limit_B = np.full((len(numbers),), max_bytes, np.int32)
-    state = decode.start(
-      prefilled, rows, limit_B, choice, decode.num_phases(config)
-    )
+    if drafts:
+      state = draft.start(prefilled, rows, limit_B, choice, config)
+    else:
+      state = decode.start(
+        prefilled, rows, limit_B, choice, decode.num_phases(config)
+      )
     scores = jax.tree.map(
       lambda x: np.repeat(x, num_samples, axis=0), jax.device_get(scores)
     )
@@ -325,6 +359,7 @@ class Generator:
     levels: str = "rule",
     max_positions: int | None = None,
     on_stats: Callable[[Stats], None] | None = None,
+    drafts: bool = False,
   ) -> list[Completion]:
     """Continues every prompt `num_samples` times.
 
@@ -345,6 +380,9 @@ class Generator:
         prompt's levels are the rule's either way.
       max_positions: bytes a text may reach, over the model's own limit.
       on_stats: called once with the work done.
+      drafts: let the model's heads draft bytes and verify several at once, for
+        one prompt and one sample. The text is that of plain decoding, but for
+        draws so close that float rounding decides (`draft.py`).
 
     Returns: completions in row order. Ctrl-C ends the loop early and returns
       what there is, with reason "interrupted".
@@ -371,14 +409,18 @@ class Generator:
       )
     seeds = _seeds(seed, len(prompts))
     batch = len(prompts) * num_samples
-    plan = decode.make_schedule(
-      schedule or default_schedule(batch, self.mesh),
-      batch,
-      self.config,
-    )
+    if drafts:
+      self._check_drafts(batch, levels)
+      plan = draft.schedule(self.config)
+    else:
+      plan = decode.make_schedule(
+        schedule or default_schedule(batch, self.mesh),
+        batch,
+        self.config,
+      )
     with self._context():
       state, rows, scores = self._start(
-        prompts, num_samples, seeds, max_bytes, stop, settings, num_top
+        prompts, num_samples, seeds, max_bytes, stop, settings, num_top, drafts
       )
       state = (
         state
@@ -393,7 +435,7 @@ class Generator:
       counters = jax.device_get(counters_of(state))
       with contextlib.suppress(KeyboardInterrupt):
         for output, counters, top in self._loop(
-          state, plan, levels, show is not None
+          state, plan, levels, show is not None, drafts
         ):
           hand_out(texts, output, counters.count_B, counters.done_B, top, show)
     if on_stats is not None:
@@ -423,21 +465,24 @@ class Generator:
     return completions
 
   def _loop(
-    self, state, plan, levels, streams
+    self, state, plan, levels, streams, drafts
   ) -> Iterator[tuple[Output, "Counters", Top | None]]:
     turns = jnp.int32(STREAM_TURNS if streams else MAX_TURNS)
+    static = {
+      "config": self.config,
+      "splitter_step": self._step,
+      "max_turns": MAX_TURNS,
+    }
+    program = draft_program
+    if not drafts:
+      program = run_program
+      static |= {
+        "choose": sampling.choose,
+        "schedule": plan,
+        "use_level_head": levels == "head",
+      }
     while True:
-      state, output = run_program(
-        self.weights,
-        state,
-        turns,
-        config=self.config,
-        splitter_step=self._step,
-        choose=sampling.choose,
-        schedule=plan,
-        max_turns=MAX_TURNS,
-        use_level_head=levels == "head",
-      )
+      state, output = program(self.weights, state, turns, **static)
       output, counters, top = jax.device_get(
         (output, counters_of(state), state.choice.memory.top)
       )

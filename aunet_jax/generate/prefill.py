@@ -51,11 +51,13 @@ def prefill(
   *,
   config: ModelConfig,
   slots: tuple[int, ...],
+  again: bool = False,
 ) -> tuple[Prefilled, jax.Array]:
   """One parallel pass over prompts of different lengths.
 
   Args: config: with capacities that drop nothing (`Rows.capacities`). slots: of
-    each stage's caches (`cache_sizes`).
+    each stage's caches (`cache_sizes`). again: whether the loop begins with
+    reading the newest byte, which the byte stage's caches then lack.
   Returns: what decoding continues from, and logits_BLV of the prompts.
   """
   logits_BLV, variables = AUNet(config).apply(
@@ -76,7 +78,8 @@ def prefill(
   caches = {}
   for name, i in network.stack_names(config).items():
     count_B = counts_BN[:, i]
-    if name == "expand_1":  # the loop begins with its newest position
+    # The loop begins with the newest position of these.
+    if name == "expand_1" or (again and i == 0):
       count_B -= 1
     stage = config.stages[i]
     caches[name] = Stack.fill(history[name], stage, count_B, slots[i])
@@ -88,7 +91,7 @@ def prefill(
   encoded_BD = [last("encoded_1", 0)]
   for stage in config.stages[1:-1]:
     encoded_BD.append(jnp.zeros((B, stage.dim), jnp.dtype(config.dtype)))
-  recent_BM = NGrams.fill(bytes_BL, counts_BN[:, 0], config)
+  recent_BM = NGrams.fill(bytes_BL, counts_BN[:, 0] - again, config)
   return (
     Prefilled(caches, tuple(encoded_BD), up_BOD, recent_BM),
     logits_BLV,

@@ -378,6 +378,22 @@ def _utf8_next(state_C, byte_C) -> jax.Array:
   return jnp.where(byte_C < 256, next_C, state_C)
 
 
+def guess(
+  choice: Choice, logits_CV: jax.Array, count_C: jax.Array
+) -> jax.Array:
+  """A draft of what `choose` may pick as byte number `count_C`, int32 (C,).
+
+  With the same temperature and noise, and no regard to what choosing leaves
+  out besides; of all rows of the batch.
+  """
+  open_V = jnp.arange(logits_CV.shape[1]) != BOS
+  logits_CV = jnp.where(open_V[None], logits_CV, -jnp.inf)
+  settings = choice.settings._replace(
+    top_k=jnp.int32(2**30), top_p=jnp.float32(1), min_p=jnp.float32(0)
+  )
+  return _draw(logits_CV, None, settings, choice.key_B, count_C)
+
+
 def choose(
   choice: Choice, logits_CV: jax.Array, count_C: jax.Array, rows_C: jax.Array
 ) -> tuple[Choice, jax.Array, jax.Array, jax.Array]:

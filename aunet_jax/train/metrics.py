@@ -143,6 +143,7 @@ class Interval:
     self.bytes_seen = saved.get("bytes_seen", 0)
     self.nats = saved.get("nats", 0.0)
     self.level_nats = saved.get("level_nats", 0.0)
+    self.ahead_nats = saved.get("ahead_nats", [])  # of heads after the first
     self.targets = saved.get("targets", 0.0)
     self.bytes = saved.get("bytes", 0)
     self.positions = saved.get("positions")
@@ -164,6 +165,11 @@ class Interval:
     if math.isfinite(metrics["nats"]):  # a skipped step has no loss to average
       self.nats += float(metrics["nats"])
       self.level_nats += float(metrics["level_nats"])
+      before = self.ahead_nats or [0.0] * len(metrics["ahead_nats"])
+      self.ahead_nats = [
+        a + (float(b) if math.isfinite(b) else 0.0)
+        for a, b in zip(before, metrics["ahead_nats"], strict=True)
+      ]
       self.targets += float(metrics["targets"])
       self.bytes += int(metrics["bytes"])
 
@@ -194,10 +200,14 @@ class Interval:
   def row(self, config: Config, step: int, metrics: dict) -> dict:
     """The logged numbers that depend on nothing but data and seed."""
     rows = config.train.batch_size * self.steps
-    level_loss = {}
+    more = {}
     if config.model.level_loss_weight > 0:
-      level_loss["level_loss_nats"] = (
+      more["level_loss_nats"] = (
         self.level_nats / self.targets if self.targets else None
+      )
+    for k in range(2, config.model.heads + 1):  # of the byte k ahead
+      more[f"ahead_{k}_loss_nats"] = (
+        self.ahead_nats[k - 2] / self.targets if self.targets else None
       )
     return {
       "step": step,
@@ -206,7 +216,7 @@ class Interval:
       "bits_per_byte": (
         loss.bits_per_byte(self.nats, self.bytes) if self.bytes else None
       ),
-      **level_loss,
+      **more,
       "bytes_seen": self.bytes_seen,
       "learning_rate": rate_of_step(config, step, metrics),
       "grad_norm": (
@@ -225,5 +235,6 @@ class Interval:
 
   def reset(self) -> None:
     self.nats = self.level_nats = self.targets = 0.0
+    self.ahead_nats = []
     self.bytes = self.steps = 0
     self.positions = None

@@ -66,27 +66,31 @@ def loss_sums(
 ) -> tuple[jax.Array, jax.Array]:
   """This batch's share of the loss of a step with `num_targets` targets.
 
-  Returns: (objective, (nats, level_nats)): sums over positions of the bytes'
-    loss and of the level head's, 0 where there is none; the objective is the
-    weighted sum of both, divided by num_targets.
+  Returns: (objective, (nats, level_nats, ahead_nats)): sums over positions of
+    the bytes' loss, of the level head's, 0 where there is none, and of each
+    head's after the first; the objective is their weighted sum, divided by
+    num_targets.
   """
+  config = model.config
   inputs = (batch["bytes"], batch["levels"], batch["documents"])
-  weight = model.config.level_loss_weight
-  if weight == 0:
-    logits_BLV = model.apply({"params": params}, *inputs)
-    level_nats = jnp.float32(0)
-  else:
-    logits_BLV, level_logits_BLP = model.apply(
-      {"params": params}, *inputs, batch["targets"]
-    )
+  predicted = model.apply({"params": params}, *inputs, batch["targets"])
+  nats_BL = loss.cross_entropy(predicted.logits_BLV, batch["targets"])
+  nats = objective = (nats_BL * batch["weights"]).sum()
+  level_nats = jnp.float32(0)
+  if config.level_loss_weight > 0:
     level_BL, known_BL = loss.target_levels(
       batch["levels"], batch["documents"], batch["targets"]
     )
-    nats_BL = loss.cross_entropy(level_logits_BLP, level_BL)
+    nats_BL = loss.cross_entropy(predicted.level_logits_BLP, level_BL)
     level_nats = (nats_BL * known_BL * batch["weights"]).sum()
-  nats_BL = loss.cross_entropy(logits_BLV, batch["targets"])
-  nats = (nats_BL * batch["weights"]).sum()
-  return (nats + weight * level_nats) / num_targets, (nats, level_nats)
+    objective += config.level_loss_weight * level_nats
+  ahead_nats = []
+  for ahead, logits_BLV in enumerate(predicted.ahead_BLV, start=1):
+    target_BL, weight_BL = loss.targets_ahead(batch, ahead)
+    nats_BL = loss.cross_entropy(logits_BLV, target_BL)
+    ahead_nats.append((nats_BL * weight_BL).sum())
+    objective += config.heads_loss_weight * ahead_nats[-1]
+  return objective / num_targets, (nats, level_nats, tuple(ahead_nats))
 
 
 def make_train_step(
@@ -124,12 +128,13 @@ def make_train_step(
       (_, sums), grads = grad(wide, batch, divisor)
     else:
       zeros = jax.tree.map(jnp.zeros_like, wide)
-      nothing = (jnp.float32(0), jnp.float32(0))
+      zero = jnp.float32(0)
+      nothing = (zero, zero, (zero,) * (config.model.heads - 1))
       (sums, grads), _ = jax.lax.scan(
         micro, (nothing, zeros), _microbatches(batch, num_micro)
       )
 
-    nats, level_nats = sums
+    nats, level_nats, ahead_nats = sums
     grad_norm = optax.tree.norm(grads)
     grads = jax.tree.map(
       lambda g, p: g.astype(p.dtype), grads, train_state.params
@@ -154,6 +159,7 @@ def make_train_step(
     step_metrics = {
       "nats": nats,
       "level_nats": level_nats,
+      "ahead_nats": ahead_nats,
       "targets": num_targets,
       "bytes": num_bytes,
       "positions": count_positions(config.model, batch),

@@ -33,6 +33,7 @@ INTERVAL = {
   "bytes_seen": int,
   "nats": float,
   "level_nats": float,
+  "ahead_nats": list[float],
   "targets": float,
   "bytes": int,
   "positions": list[int] | None,

@@ -86,8 +86,10 @@ def test_parameters_fall_to_the_stage_and_kind_that_own_them():
 def xla_flops(model, rows=1):
   tokens = jax.ShapeDtypeStruct((rows, model.capacities[0]), jnp.int32)
 
-  def forward(params, bytes_BL, levels_BL):
-    return AUNet(model).apply({"params": params}, bytes_BL, levels_BL)
+  def forward(params, bytes_BL, levels_BL):  # bytes are targets, too
+    return AUNet(model).apply(
+      {"params": params}, bytes_BL, levels_BL, None, bytes_BL
+    )
 
   params = abstract_params(model)
   lowered = jax.jit(forward).lower(params, tokens, tokens)
@@ -106,14 +108,20 @@ def hidden_in_the_loop(model, rows):
   return hidden_flops
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("upsampling", ["multi_linear", "repeat", "simple"])
-@pytest.mark.parametrize("num_stages", [1, 3])
-def test_padded_flops_agree_with_xla(num_stages, upsampling, rows):
+@pytest.mark.parametrize(
+  ("num_stages", "upsampling", "rows", "heads"),
+  [
+    *itertools.product(
+      (1, 3), ("multi_linear", "repeat", "simple"), (1, 3), [1]
+    ),
+    (1, "simple", 1, 4),
+  ],
+)
+def test_padded_flops_agree_with_xla(num_stages, upsampling, rows, heads):
   # Widths of some hundreds: elementwise work, which XLA adds and we leave out,
   # stays below 3 percent. Matrix products alone cannot exceed XLA's total.
   model = make_model(
-    num_stages, width=4, upsampling=upsampling, unroll_layers=True
+    num_stages, width=4, upsampling=upsampling, unroll_layers=True, heads=heads
   )
   ours = rows * sum(
     sum(kinds.values()) for kinds in counts.padded_forward_flops(model, rows)

@@ -378,13 +378,13 @@ def test_the_level_head_reads_the_target():
   batch = pack([[(0, b"ab c de")], [(0, b"f")]], 2)
   apply = jit(AUNet(config).apply)
   targets_BL = np.roll(batch[0], -1, axis=1)
-  logits_BLV, level_logits_BLP = apply(params, *batch, targets_BL)
+  logits_BLV, level_logits_BLP, _ = apply(params, *batch, targets_BL)
   np.testing.assert_array_equal(logits_BLV, apply(params, *batch))
   assert level_logits_BLP.shape == (B, L, 2)
   assert level_logits_BLP.dtype == jnp.float32
   other_BL = targets_BL.copy()
   other_BL[:, 3] = 65
-  _, changed_BLP = apply(params, *batch, other_BL)
+  changed_BLP = apply(params, *batch, other_BL).level_logits_BLP
   moved_BL = np.abs(changed_BLP - level_logits_BLP).max(axis=-1) > 1e-6
   assert moved_BL[:, 3].all() and moved_BL.sum() == B
 

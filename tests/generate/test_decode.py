@@ -344,7 +344,7 @@ def test_the_level_head_cuts_what_is_written():
     first = len(prompt)
     bytes_L = np.array([*[256], *prompt, *forced_BT[b]], np.int32)
     levels_L = np.array([2, *splitter.levels(prompt), *output.level_BT[b]])
-    expected, level_logits = apply_level_head(
+    expected, level_logits, _ = apply_level_head(
       params,
       bytes_L[None, :-1],
       levels_L[None, :-1],

@@ -68,6 +68,7 @@ def test_an_interval_without_a_finite_loss_is_null():
   step_metrics = {
     "nats": np.float32("nan"),
     "level_nats": np.float32(0),
+    "ahead_nats": (),
     "targets": np.float32(10),
     "bytes": np.int32(9),
     "positions": np.array([10, 3]),
@@ -85,6 +86,30 @@ def test_an_interval_without_a_finite_loss_is_null():
   assert interval.row(config, 2, step_metrics)["loss_nats"] == pytest.approx(
     0.7
   )
+
+
+def test_heads_after_the_first_are_logged_over_all_targets():
+  config = config_lib.override(tiny(), ["model.heads=3"])
+  step_metrics = {
+    "nats": np.float32(4), "level_nats": np.float32(0),
+    "ahead_nats": (np.float32(6), np.float32(8)), "targets": np.float32(10),
+    "bytes": np.int32(9), "positions": np.array([10, 3]),
+    "grad_norm": np.float32(1), "nonfinite_in_row": np.int32(0),
+    "nonfinite_total": np.int32(0),
+  }  # fmt: skip
+  interval = metrics.Interval()
+  interval.add(step_metrics)
+  interval = metrics.Interval(json.loads(json.dumps(interval.to_json())))
+  later = {"nats": np.float32(2), "ahead_nats": (np.float32(2), np.nan)}
+  interval.add(step_metrics | later)
+  row = interval.row(config, 2, step_metrics)
+  assert row["loss_nats"] == pytest.approx(0.3)
+  assert row["ahead_2_loss_nats"] == pytest.approx(0.4)
+  assert row["ahead_3_loss_nats"] == pytest.approx(0.4)  # NaN is left out
+  interval.reset()
+  interval.add(step_metrics)
+  row = interval.row(config, 3, step_metrics)
+  assert row["ahead_2_loss_nats"] == pytest.approx(0.6)
 
 
 def test_a_row_that_cannot_be_written_names_its_file(tmp_path):

@@ -4,6 +4,7 @@ A new option is one more row of OPTIONS. All together run by default, each by
 itself as a slow test.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from aunet_jax import config as config_lib
 from aunet_jax.aunet import counts, network, sharding
 from aunet_jax.convert import lingua, lingua_arguments
 from aunet_jax.data.rows import make_rows
+from aunet_jax.generate.generator import Generator
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import __main__ as train_main
 from aunet_jax.train import optimizer, state
@@ -34,6 +36,7 @@ MODEL = {
   "logit_cap": ["model.logit_cap=2"],
   "ngram_rows": ["model.ngram_rows=16", "model.ngram_longest=5"],
   "tie_embeddings": ["model.tie_embeddings=True"],
+  "heads": ["model.heads=3", "model.heads_loss_weight=0.5"],
 }
 # Of training.
 TRAINING = {
@@ -120,6 +123,19 @@ def test_decoding_equals_the_forward_pass(settings):
   ).astype(np.int32)
   params = decoding.random_params(model)
   decoding.check(model, params, prompts, forced_BT, "pack")
+
+
+@each_model
+def test_drafts_write_what_plain_decoding_writes(settings):
+  model = dataclasses.replace(tiny(settings).model, heads=4)
+  params = decoding.random_params(model)
+  generator = Generator(model, params, decoding.make_splitter(model.rules))
+  for seed, prompt in enumerate((TEXT, b"", b"a cat")):
+    plain, drafted = (
+      generator.generate([prompt], max_bytes=40, seed=seed, drafts=drafts)[0]
+      for drafts in (False, True)
+    )
+    assert drafted.data == plain.data
 
 
 @each_model

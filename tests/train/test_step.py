@@ -166,7 +166,7 @@ def test_a_step_that_is_not_finite_changes_nothing(batch, what, monkeypatch):
 
     def root(model, params, batch, num_targets):
       nothing = jnp.sqrt(0 * params["head"].sum())
-      return nothing, (nothing, nothing)
+      return nothing, (nothing, nothing, ())
 
     monkeypatch.setattr(step, "loss_sums", root)
   zero = jnp.zeros((), jnp.int32)
