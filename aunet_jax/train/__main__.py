@@ -143,7 +143,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--profile",
     metavar="FIRST:LAST",
-    help="record these steps into WORKDIR/profile, for TensorBoard and xprof",
+    help="record these steps into WORKDIR/profile, for TensorBoard and xprof; "
+    "of a run under way, touch WORKDIR/profile_now",
   )
   parser.add_argument(
     "--accept_learning_rate",

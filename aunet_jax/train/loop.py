@@ -3,14 +3,16 @@
 `run` is the loop; the functions before it are what it does at some steps.
 """
 
+import collections
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
 from aunet_jax.aunet import counts, devices, sharding
 from aunet_jax.terminal import Failure
+from aunet_jax.train import replicas
 from aunet_jax.train.profile import Recorder
 from aunet_jax.train.setup import Setup
 from aunet_jax.train.state import TrainState
@@ -101,7 +103,10 @@ def log(setup: Setup, step: int, step_metrics: dict) -> None:
   useful *= lap.steps / interval.steps
   peak_flops = devices.peak_flops(jax.devices()[0])
   row["bytes_per_second"] = lap.num_bytes / seconds
-  row["data_wait_share"] = waiting / seconds
+  shares = together.gather(waiting / seconds)  # the others wait for the worst
+  row["data_wait_share"] = max(shares)
+  if len(shares) > 1:
+    row["data_wait_process"] = shares.index(max(shares))
   row["useful_mfu"] = (
     useful / (seconds * peak_flops * jax.device_count()) if peak_flops else None
   )
@@ -165,12 +170,35 @@ def is_evaluated(setup: Setup, step: int) -> bool:
   return bool(together.broadcast(len(found)))
 
 
+def named(devices: Sequence[jax.Device]) -> str:
+  """ "devices 3, 4 of process 1; device 8 of process 2"."""
+  of_process = collections.defaultdict(list)
+  for device in devices:
+    of_process[device.process_index].append(str(device.id))
+  return "; ".join(
+    f"device{'s' * (len(ids) > 1)} {', '.join(ids)} of process {process}"
+    for process, ids in sorted(of_process.items())
+  )
+
+
 def save(setup: Setup, step: int, train_state: TrainState, position) -> None:
-  """Args: position: of the data, after the batch of this step."""
+  """Saves what every device agrees on.
+
+  Args: position: of the data, after the batch of this step.
+  Raises: TrainingError where a device holds other parameters than its replicas.
+  """
   host = {
     **setup.identity, "loader": position, "interval": setup.interval.to_json()
   }  # fmt: skip
   with setup.watch.within("save"):
+    differing = replicas.differing(train_state.params, setup.mesh)
+    if differing:
+      raise TrainingError(
+        f"step {step}: the parameters on {named(differing)} are not those of "
+        f"their replicas, so that hardware computes other numbers. Nothing of "
+        f"this step is saved; take it out of the run and start again from "
+        f"checkpoint {setup.saver.latest_step()}."
+      )
     setup.saver.save(step, train_state.items(), host)
 
 
@@ -225,13 +253,19 @@ def run(
   """
   config, saver, watch = setup.config, setup.saver, setup.watch
   stop.begin()
-  votes = Votes(setup.mesh, 2)
+  votes = Votes(setup.mesh, 3)
+  recorder = Recorder(profile, setup.workdir)
   hang = (config.train.hang_seconds, config.train.hang_factor)
-  with Watchdog(*hang) as watchdog, watch.within("step"):
+  with (
+    Watchdog(*hang) as watchdog,
+    watch.within("step"),
+    contextlib.closing(recorder),
+  ):
 
-    def ask() -> tuple[bool, bool]:
-      """Whether to stop and to save now, as all processes agree."""
-      return tuple(map(bool, votes.turn(bool(stop.requested), saver.late())))
+    def ask() -> tuple[bool, bool, bool]:
+      """Whether to stop, save and record now, as all processes agree."""
+      asked = bool(stop.requested), saver.late(), recorder.wanted()
+      return tuple(map(bool, votes.turn(*asked)))
 
     def evaluate_at(step, params) -> bool:
       def go_on():
@@ -245,9 +279,7 @@ def run(
     if step and setup.evaluator.due(step) and not is_evaluated(setup, step):
       stopping = not evaluate_at(step, setup.train_state.model_params)
     if step < last and not stopping:
-      recorder = Recorder(profile, setup.workdir)
-      with contextlib.closing(recorder):
-        stopping = take_steps(setup, watchdog, ask, evaluate_at, recorder)
+      stopping = take_steps(setup, watchdog, ask, evaluate_at, recorder)
     watchdog.alive("the last save")
     saver.wait()
   setup.history.note(None, watch.seconds)
@@ -257,7 +289,7 @@ def run(
 def take_steps(
   setup: Setup,
   watchdog: Watchdog,
-  ask: Callable[[], tuple[bool, bool]],
+  ask: Callable[[], tuple[bool, bool, bool]],
   evaluate_at: Callable[[int, dict], bool],
   recorder: Recorder,
 ) -> bool:
@@ -284,7 +316,9 @@ def take_steps(
     batch = fetch() if step < last else None
     recorder.after(step, device_metrics, setup.log.say)
 
-    stopping, late = ask()
+    stopping, late, record = ask()
+    if record:
+      recorder.record_next(step)
     logs = step == last or step % config.train.log_every_steps == 0
     saves = step == last or stopping or late or setup.saver.due(step)
     evaluates = setup.evaluator.due(step)

@@ -1,17 +1,38 @@
 """Recording some steps for TensorBoard and xprof."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+REQUEST_FILE = "profile_now"  # in the workdir; whoever wants a profile makes it
+REQUESTED_STEPS = 5
+LOOK_SECONDS = 5  # between two looks for it
+
 
 class Recorder:
-  """Records steps first to last, and nothing without any."""
+  """Records steps first to last, those that a request asks for, or none."""
 
   def __init__(self, steps: tuple[int, int] | None, workdir: Path):
     self._steps, self._folder = steps, workdir / "profile"
+    self._request, self._looked = workdir / REQUEST_FILE, 0.0
     self._running = False
+
+  def wanted(self) -> bool:
+    """Whether process 0 sees a request; the processes agree on when."""
+    if self._running or jax.process_index() != 0:
+      return False
+    now = time.monotonic()
+    if now - self._looked < LOOK_SECONDS:
+      return False
+    self._looked = now
+    return self._request.exists()
+
+  def record_next(self, step: int) -> None:
+    """Records the steps after `step`, instead of any that are still to come."""
+    if not self._running:
+      self._steps = (step + 1, step + REQUESTED_STEPS)
 
   def before(self, step: int) -> None:
     if self._steps is not None and not self._running:
@@ -29,6 +50,8 @@ class Recorder:
     if self._running:
       jax.profiler.stop_trace()
       self._running, self._steps = False, None
+      if jax.process_index() == 0:
+        self._request.unlink(missing_ok=True)
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:

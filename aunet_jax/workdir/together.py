@@ -26,6 +26,14 @@ def broadcast(number: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def gather(number: float) -> list[float]:
+  """The number that each process has, process 0 first."""
+  if jax.process_count() == 1:
+    return [number]
+  found = multihost_utils.process_allgather(np.float32(number))
+  return found.tolist()
+
+
 @contextlib.contextmanager
 def all_or_none():
   """Where one process fails inside, all do, with the same exit status.
