@@ -11,37 +11,18 @@ punctuation and case go).
 """
 
 import argparse
-import collections
 import json
-import re
-import string
 import sys
 
 from aunet_jax import terminal
 from aunet_jax.data import conversations, reading, roles, sources
 from aunet_jax.evaluate.score import score
+from aunet_jax.evaluate.word_overlap import word_f1
 from aunet_jax.files import written_whole
 from aunet_jax.generate import chat
 from aunet_jax.generate.generator import Generator
 from aunet_jax.generate.sampling import Sampling
 from aunet_jax.workdir import load
-
-
-def words(text: str) -> list[str]:
-  """As SQuAD's evaluation compares them: no case, punctuation or articles."""
-  text = text.lower().translate(str.maketrans("", "", string.punctuation))
-  return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def word_f1(answer: str, expected: str) -> float:
-  """Harmonic mean of precision and recall of words, in [0, 1]."""
-  said, wanted = words(answer), words(expected)
-  if not said or not wanted:
-    return float(said == wanted)
-  common = sum(
-    (collections.Counter(said) & collections.Counter(wanted)).values()
-  )
-  return 2 * common / (len(said) + len(wanted))
 
 
 def questions(

@@ -2,9 +2,13 @@
 
   python -m aunet_jax.lm_eval --workdir=runs/small --tasks=lambada_openai,piqa
 
-  # a task of your own, or the harness's with data by path, without a network
-  python -m aunet_jax.lm_eval --workdir=runs/small --tasks=my_task \\
-      --include_path=tasks --limit=200 --output=results.json
+  # the tasks shipped here (--tasks=list), with data by path, without a network
+  python -m aunet_jax.lm_eval --workdir=runs/small --data_dir=data/eval \\
+      --tasks=aunet_lambada,aunet_cute --limit=200 --output=results.json
+
+A name may be one task of a group, as aunet_cute::spell, or a pattern, as
+'aunet_arc_*'. --include_path has task files of your own; they go before others
+of the same name.
 
 Prints a line a metric, with its standard error; --output writes the harness's
 results object, with the number of requests that were cut on the left under
@@ -16,8 +20,11 @@ import argparse
 import contextlib
 import difflib
 import json
+import logging
 import os
+import re
 import sys
+from pathlib import Path
 
 from aunet_jax import terminal
 from aunet_jax.aunet import sharding
@@ -27,6 +34,10 @@ from aunet_jax.generate.generator import Generator
 from aunet_jax.generate.sampling import Sampling
 from aunet_jax.workdir import load
 
+TASKS = Path(__file__).parent / "evaluate" / "tasks"  # the files shipped
+PREFIX = "aunet_"  # of their names; no task of the harness has it
+BOOTSTRAPS = 1000  # of metrics that are no mean, for their standard errors
+
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
@@ -35,9 +46,19 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--workdir", required=True, help="a trained run")
-  add("--tasks", required=True, help="names, joined by commas")
+  add("--workdir", help="a trained run")
+  add("--tasks", required=True, help="names, joined by commas, or list")
   add("--include_path", metavar="DIR", help="folder of task files (YAML)")
+  add(
+    "--data_dir",
+    metavar="DIR",
+    help="folders of the data of the tasks shipped here, joined by commas",
+  )
+  add(
+    "--run_code",
+    action="store_true",
+    help="run programs that the model writes, where a task is to write some",
+  )
   add("--num_fewshot", type=int, help="examples before a question")
   add(
     "--apply_chat_template",
@@ -74,16 +95,99 @@ def _shown(results: dict) -> str:
   return "\n".join(lines)
 
 
+def _shipped() -> str:
+  """The tasks of this package, each with the first line of its file."""
+  lines = []
+  for path in sorted(TASKS.glob("[!_]*.yaml")):
+    text = path.read_text()
+    name = re.search(r"^(?:task|group): (.+)$", text, re.MULTILINE)[1]
+    lines.append(f"{name:26}{text.partition(chr(10))[0].removeprefix('# ')}")
+  return "\n".join(lines)
+
+
+def _close(name: str, names) -> str:
+  close = difflib.get_close_matches(name, names, n=1)
+  return f" Did you mean {close[0]}?" if close else ""
+
+
+def _tasks(pattern: str, manager, run_code: bool) -> list:
+  """Tasks and groups, with their data, that a name of --tasks stands for.
+
+  Raises: ValueError for what there is not, or may not run.
+  """
+  group, colons, part = pattern.partition("::")
+  names = manager.match_tasks([group])
+  if not names:
+    close = _close(group, manager.all_tasks)
+    raise ValueError(f"--tasks: there is no task {group!r}.{close}")
+  found = []
+  for name in names:
+    loaded = manager.load([name])
+    tasks, groups = loaded["tasks"], loaded["groups"]
+    for task in tasks.values():
+      if getattr(task, "UNSAFE_CODE", False) and not run_code:
+        raise ValueError(
+          f"{task.task_name} runs programs that the model writes: allow it "
+          f"with --run_code, in a container if you do not trust the model."
+        )
+    if colons and pattern not in tasks:
+      close = _close(pattern, tasks)
+      raise ValueError(f"--tasks: {name} has no task {part!r}.{close}")
+    if colons:
+      found.append(tasks[pattern])
+    else:
+      found += [groups[name]] if name in groups else tasks.values()
+  return found
+
+
+def _select(args: argparse.Namespace) -> list:
+  """The tasks to run, with their data.
+
+  The harness's own, thousands of files, are read only where a name is not among
+  ours and the user's.
+  """
+  from lm_eval.tasks import TaskManager
+
+  # Said of every task whose data a function reads.
+  logging.getLogger("lm_eval.api.task").addFilter(
+    lambda record: "Custom kwargs can be passed" not in record.getMessage()
+  )
+  paths = [str(TASKS), *([args.include_path] if args.include_path else [])]
+  metadata = {} if args.data_dir is None else {"data_dir": args.data_dir}
+  patterns = [name for name in args.tasks.split(",") if name]
+  manager = TaskManager(
+    include_path=paths, include_defaults=False, metadata=metadata
+  )
+  unknown = [p for p in patterns if not manager.match_tasks([p.split("::")[0]])]
+  if not all(name.startswith(PREFIX) for name in unknown):
+    manager = TaskManager(include_path=paths, metadata=metadata)
+  found = []
+  for name in patterns:
+    found += _tasks(name, manager, args.run_code)
+  if not found:
+    raise ValueError("--tasks names no task.")
+  return found
+
+
 @terminal.command
 def main(argv: list[str] | None = None) -> None:
   args = _parser().parse_args(argv)
+  if args.tasks == "list":
+    print(_shipped())
+    return
+  if args.workdir is None:
+    raise ValueError("--workdir=DIR says which trained run is scored.")
+  for flag in ("include_path", "data_dir"):
+    for folder in (getattr(args, flag) or "").split(","):
+      if folder and not Path(folder).is_dir():
+        raise ValueError(f"--{flag}={folder}: there is no such folder.")
   for name in ("batch_size", "limit"):
     value = getattr(args, name)
     if value is not None and value < 1:
       raise ValueError(f"--{name}={value} must be positive.")
   try:
     import lm_eval
-    from lm_eval import tasks as lm_tasks
+    from lm_eval.tasks import TaskManager
 
     from aunet_jax.evaluate.harness import HarnessModel
   except ImportError as error:
@@ -96,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
   # The harness forks to bootstrap an error, and so does the writer of its
   # table, which is not used here: a fork of JAX's threads can hang.
   os.environ.setdefault("DISABLE_MULTIPROC", "1")
+  selected = _select(args)
   with contextlib.ExitStack() as stack:
     file = None
     if args.output is not None:  # opened first: hours may follow
@@ -107,13 +212,6 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.workdir} holds a model of tokens; tasks are for models of "
         f"bytes."
       )
-    manager = lm_tasks.TaskManager(include_path=args.include_path)
-    names = [name for name in args.tasks.split(",") if name]
-    for name in names:
-      if not manager.match_tasks([name]):
-        close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(f"--tasks: there is no task {name!r}.{hint}")
     generator = Generator(
       loaded.config.model, loaded.params, loaded.splitter, mesh=mesh
     )
@@ -135,14 +233,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     results = lm_eval.simple_evaluate(
       model=model,
-      tasks=names,
+      tasks=selected,
       num_fewshot=args.num_fewshot,
       apply_chat_template=args.apply_chat_template,
       fewshot_as_multiturn=args.fewshot_as_multiturn,
       system_instruction=args.system_instruction,
       limit=args.limit,
       use_cache=args.use_cache,
-      task_manager=manager,
+      bootstrap_iters=BOOTSTRAPS,
+      confirm_run_unsafe_code=args.run_code,
+      task_manager=TaskManager(include_defaults=False),
     )
     results["truncated"] = model.truncated
     print(_shown(results["results"]))

@@ -62,21 +62,6 @@ def test_without_labels_it_writes(workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("said", "expected", "f1"),
-  [
-    ("The cat.", "a cat", 1.0),
-    ("a big cat", "cat", 2 / 3),
-    ("dog", "cat", 0.0),
-    ("", "cat", 0.0),
-    ("the", "a", 1.0),
-    ("cat cat", "cat", 2 / 3),
-  ],
-)
-def test_words_overlap_as_squad_counts_them(said, expected, f1):
-  assert answers.word_f1(said, expected) == pytest.approx(f1)
-
-
-@pytest.mark.parametrize(
   ("flags", "message"),
   [
     (["--limit=0"], "--limit=0 must be positive"),
