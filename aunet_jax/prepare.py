@@ -1,8 +1,12 @@
-"""Turns any source into shuffled ArrayRecord shards with an index.
+"""Turns any source into shuffled ArrayRecord shards, or builds a run's index.
 
   python -m aunet_jax.prepare --input='books/*.jsonl.gz' --output=books
   python -m aunet_jax.train --config=CONFIG --workdir=DIR \\
       --config.data.train=books/train --config.data.heldout=books/heldout
+
+  # Build the packed index of a config's data before any training host starts.
+  python -m aunet_jax.prepare --index=CACHE --config=CONFIG --workers=16
+  python -m aunet_jax.train --config=CONFIG --config.data.cache_dir=CACHE …
 
   # Which capacities suit this corpus and these rules? Nothing is written.
   python -m aunet_jax.prepare --input=books --rules=word@1,word@2 --plan
@@ -18,14 +22,21 @@ record being the bytes of a document, and index.json: documents and bytes of
 every shard, skipped records by reason, lengths of the segments per stage, and
 recommended capacities. It appears whole or not at all. While it is made, a
 second copy of the text lies beside it.
+
+--index builds what `train` would build by itself, bit for bit, in any number of
+processes. Killed at any moment, the same command goes on. Machines that share
+CACHE share the work, too: start the same command on each; where their file
+system has no locks, give each --share=I/N. The last line is JSON.
 """
 
 import argparse
 import json
+import re
 import sys
+import time
 
-from aunet_jax import terminal
-from aunet_jax.data import planner, reading, sources
+from aunet_jax import config, terminal
+from aunet_jax.data import building, corpora, planner, reading, sources
 from aunet_jax.data.shards import SAMPLE_ROWS, log, write
 from aunet_jax.splitting.splitter import Splitter
 
@@ -39,7 +50,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add(
     "--input",
-    required=True,
     help="files, directories, globs or URLs, joined by commas; 'python' for "
     "the text that ships with Python; hf:NAME[:[CONFIG:]SPLIT] for a dataset",
   )
@@ -90,7 +100,26 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     default=0.01,
     help="of records, and of bytes of text; more that is lost is an error",
   )
-  args = parser.parse_args(argv)
+  index = parser.add_argument_group(
+    "index", "settings of data and model come from --config, as in train"
+  )
+  add = index.add_argument
+  add("--index", metavar="CACHE", help="directory: a run's data.cache_dir")
+  add("--config", metavar="FILE", help="and --config.a.b=VALUE: as in train")
+  add("--workers", type=int, default=1, help="processes of this machine")
+  add(
+    "--share",
+    metavar="I/N",
+    help="build only share I (from 0) of N; the last to end joins them",
+  )
+  args, rest = parser.parse_known_args(argv)
+  if args.index is not None:
+    return _parse_index(parser, args, rest)
+  if rest or args.config:
+    other = " ".join(rest or ["--config"])
+    parser.error(f"{other}: settings are for --index; see --help.")
+  if not args.input:
+    parser.error("give --input=FILES, or --index=CACHE.")
   if not args.plan and not args.output:
     parser.error("give --output=DIR, or --plan to write nothing.")
   if not 0 <= args.heldout_fraction < 1:
@@ -100,6 +129,55 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   if args.shard_bytes < 1:
     parser.error(f"--shard_bytes={args.shard_bytes} must be >= 1.")
   return args
+
+
+def _parse_index(
+  parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]
+) -> argparse.Namespace:
+  if args.input or args.output or args.plan:
+    parser.error(
+      "--index reads the sources that data.train of --config names; leave out "
+      "--input, --output and --plan."
+    )
+  if not args.config:
+    parser.error("--index needs --config=FILE, the config of the run.")
+  if args.workers < 1:
+    parser.error(f"--workers={args.workers} must be >= 1.")
+  share = re.fullmatch(r"(\d+)/(\d+)", args.share or "0/1")
+  if share is None or not int(share[1]) < int(share[2]):
+    parser.error(f"--share={args.share} must be I/N with 0 <= I < N, as 0/4.")
+  args.share = int(share[1]), int(share[2])
+  args.config = config.parse_flags([f"--config={args.config}", *rest])
+  return args
+
+
+def build_index(args: argparse.Namespace) -> dict:
+  """Builds the index of a config; returns what there is of it."""
+  cfg = args.config
+  splitter = Splitter(cfg.model.rules, cfg.has_roles)
+  how = building.How(args.workers, args.share)
+  where = cfg.data, splitter, cfg.model.capacities, args.index
+  start = time.monotonic()
+  if not corpora.build_indexes(*where, how, log):
+    return {"finished": False}
+  train, heldout = corpora.open_corpora(*where, log=log)
+  said = {
+    "finished": True,
+    "seconds": round(time.monotonic() - start, 2),
+    "documents": train.num_documents,
+    "bytes": train.num_bytes,
+    "rows": train.num_rows,
+    "fill": [round(share, 4) for share in train.fill],
+    "fingerprint": train.fingerprint,
+    "heldout_documents": heldout.num_documents if heldout else 0,
+    "heldout_bytes": heldout.num_bytes if heldout else 0,
+    "heldout_fingerprint": heldout and heldout.fingerprint,
+  }
+  log(
+    f"start the run with the same --config and settings, and "
+    f"--config.data.cache_dir={args.index}"
+  )
+  return said
 
 
 def show_plan(plan: planner.Plan, rules: list[str]) -> str:
@@ -118,6 +196,9 @@ def show_plan(plan: planner.Plan, rules: list[str]) -> str:
 @terminal.command
 def main(argv: list[str] | None = None) -> None:
   args = _parse(argv)
+  if args.index is not None:
+    print(json.dumps(build_index(args)))
+    return
   rules = [rule for rule in args.rules.split(",") if rule]
   splitter = Splitter(rules)
   if args.plan:

@@ -296,6 +296,9 @@ class DataConfig:
   separator: str | None = None
   tokenizer: str | None = None  # a tokenizer.json; None = read bytes
   cache_dir: str | None = None  # None = WORKDIR/data
+  # Whether a run builds the index that the cache lacks. None: yes, unless
+  # several processes would wait for one of more than 10 GB of files.
+  build_index: bool | None = None
   num_workers: int = 0  # Grain worker processes; 0 = in this process
   # Of records, and of bytes of text; more that is lost stops the run.
   max_skip_fraction: float = 0.01

@@ -9,13 +9,16 @@ import os
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from aunet_jax import config, files
 from aunet_jax.data import (
+  building,
   conversations,
   indexes,
+  joined,
   near_copies,
   packing,
   store,
@@ -32,7 +35,7 @@ class Corpus:
   store gives that share of the bytes.
   """
 
-  stores: tuple[store.Store, ...]
+  stores: tuple[store.Store | joined.Joined, ...]
   weights: tuple[float, ...] | None
   skipped: dict[str, int]  # records that gave no document, by reason
 
@@ -91,7 +94,7 @@ class Corpus:
     part, index = self._find(index)
     return part.row(index)
 
-  def _find(self, index: int) -> tuple[store.Store, int]:
+  def _find(self, index: int) -> tuple[store.Store | joined.Joined, int]:
     if not 0 <= index < self.num_rows:
       raise IndexError(f"row {index} of {self.num_rows}")
     for part in self.stores:
@@ -144,7 +147,7 @@ def _report(name: str, corpus: Corpus, log) -> None:
       else ""
     )
     + (
-      f"; skipped: {indexes.reasons(corpus.skipped)}" if corpus.skipped else ""
+      f"; skipped: {building.reasons(corpus.skipped)}" if corpus.skipped else ""
     )
   )
 
@@ -158,6 +161,68 @@ def _report_cuts(built: Sequence[indexes.Index], log) -> None:
     )
 
 
+class Recipes(NamedTuple):
+  train: list[indexes.Recipe]
+  weights: tuple[float, ...] | None
+  heldout: indexes.Recipe | None  # None = a share of what trains
+
+
+def recipes_of(
+  cfg: config.DataConfig, splitter: Splitter, capacities: Sequence[int]
+) -> Recipes:
+  packing.check_capacities(capacities, splitter)
+  groups, weights = _mixture(cfg.train)
+  recipe = indexes.Recipe(
+    paths=(),
+    splitter=splitter,
+    capacities=tuple(capacities),
+    tokenizer=None if cfg.tokenizer is None else Tokenizer(cfg.tokenizer),
+    text_field=cfg.text_field,
+    separator=cfg.separator,
+    max_skip_fraction=cfg.max_skip_fraction,
+    heldout_fraction=cfg.heldout_fraction if cfg.heldout is None else 0.0,
+    turns=conversations.make_reader(cfg, splitter, capacities),
+    keep_documents=cfg.format != "text",  # what is learned is told by a whole
+  )
+  train = [dataclasses.replace(recipe, paths=_frozen(g)) for g in groups]
+  if cfg.heldout is None:
+    return Recipes(train, weights, None)
+  if not isinstance(cfg.heldout, str) and not all(
+    isinstance(item, str) for item in cfg.heldout
+  ):
+    raise ValueError(
+      f"data.heldout={cfg.heldout!r} must be a path or a list of paths; "
+      "weights are for data.train."
+    )
+  heldout = dataclasses.replace(
+    recipe,
+    paths=_frozen(cfg.heldout),
+    keep_documents=True,
+    purpose="to hold out (data.heldout)",
+  )
+  return Recipes(train, weights, heldout)
+
+
+def build_indexes(
+  cfg: config.DataConfig,
+  splitter: Splitter,
+  capacities: Sequence[int],
+  cache_dir: str | os.PathLike,
+  how: building.How,
+  log=print,
+) -> bool:
+  """Builds the indexes of a config that the cache lacks.
+
+  Returns: whether all are there; see `building.How.share`.
+  Raises: as `open_corpora`.
+  """
+  recipes = recipes_of(cfg, splitter, capacities)
+  cache = files.local(cache_dir, "data.cache_dir")
+  every = [*recipes.train, *filter(None, [recipes.heldout])]
+  found = [indexes.find_or_build(one, cache, log, how) for one in every]
+  return None not in found
+
+
 def open_corpora(
   cfg: config.DataConfig,
   splitter: Splitter,
@@ -166,6 +231,7 @@ def open_corpora(
   log=print,
   begun_with: str | None = None,
   begun_with_heldout: str | None = None,
+  how: building.How = building.ALONE,
 ) -> tuple[Corpus, Corpus | None]:
   """The training and the held-out corpus of a config.
 
@@ -180,26 +246,15 @@ def open_corpora(
     begun_with, begun_with_heldout: fingerprints of the corpora of a run that
       goes on: where the cache has them, they are opened whatever became of the
       sources.
+    how: who builds what the cache lacks; alone of its share.
   Returns: held-out is None where `cfg.heldout` is None and no document falls
     to it.
   Raises: ValueError for sources that match no file, hold no document, or hold
     more bad records than `cfg.max_skip_fraction`.
   """
-  packing.check_capacities(capacities, splitter)
-  groups, weights = _mixture(cfg.train)
+  recipes = recipes_of(cfg, splitter, capacities)
+  weights = recipes.weights
   cache_dir = files.local(cache_dir, "data.cache_dir")
-  recipe = indexes.Recipe(
-    paths=(),
-    splitter=splitter,
-    capacities=tuple(capacities),
-    tokenizer=None if cfg.tokenizer is None else Tokenizer(cfg.tokenizer),
-    text_field=cfg.text_field,
-    separator=cfg.separator,
-    max_skip_fraction=cfg.max_skip_fraction,
-    heldout_fraction=cfg.heldout_fraction if cfg.heldout is None else 0.0,
-    turns=conversations.make_reader(cfg, splitter, capacities),
-    keep_documents=cfg.format != "text",  # what is learned is told by a whole
-  )
 
   def find(recipes, weights, fingerprint):
     paths = fingerprint and indexes.begun_with(
@@ -214,18 +269,17 @@ def open_corpora(
           )
     else:
       paths = [
-        indexes.find_or_build(recipe, cache_dir, log) for recipe in recipes
+        indexes.find_or_build(recipe, cache_dir, log, how) for recipe in recipes
       ]
     return [indexes.opened(path, splitter) for path in paths]
 
-  recipes = [dataclasses.replace(recipe, paths=_frozen(g)) for g in groups]
-  built = find(recipes, weights, begun_with)
+  built = find(recipes.train, weights, begun_with)
   skipped = sum((index.skipped for index in built), Counter())
   stores = tuple(index.train for index in built)
   train = Corpus(stores, weights, dict(skipped))
   _report("train", train, log)
   _report_cuts(built, log)
-  if cfg.heldout is None:
+  if recipes.heldout is None:
     parts = tuple(i.heldout for i in built if i.heldout is not None)
     copies = sum((index.near_copies for index in built), Counter())
     if copies:
@@ -239,20 +293,7 @@ def open_corpora(
     if copies and len(built) > 1:  # each source looks at its own alone
       _report_overlap(train, heldout, cache_dir, log)
   else:
-    if not isinstance(cfg.heldout, str) and not all(
-      isinstance(item, str) for item in cfg.heldout
-    ):
-      raise ValueError(
-        f"data.heldout={cfg.heldout!r} must be a path or a list of paths; "
-        "weights are for data.train."
-      )
-    recipe = dataclasses.replace(
-      recipe,
-      paths=_frozen(cfg.heldout),
-      keep_documents=True,
-      purpose="to hold out (data.heldout)",
-    )
-    (index,) = find([recipe], None, begun_with_heldout)
+    (index,) = find([recipes.heldout], None, begun_with_heldout)
     _report_cuts([index], log)
     heldout = Corpus((index.train,), None, dict(index.skipped))
     _report_overlap(train, heldout, cache_dir, log)

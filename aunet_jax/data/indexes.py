@@ -3,8 +3,10 @@
 The cache holds a directory for every index: the stores `train` and `heldout`,
 and `index.json`, which says what it was made of. An index is built under a lock
 and put in place by one rename, so a build that dies leaves nothing that is ever
-used, and processes that share the directory build once. A run that goes on
-asks for its index by fingerprint and never looks at the sources again.
+used, and processes that share the directory build once. A large one is built in
+parts, which they share, and which a later build goes on with; see `parts`. A
+run that goes on asks for its index by fingerprint and never looks at the
+sources again.
 """
 
 import contextlib
@@ -15,15 +17,16 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from aunet_jax.data import (
+  building,
   conversations,
+  joined,
   near_copies,
+  parts,
   reading,
   sources,
   store,
@@ -95,119 +98,6 @@ def _listing(files: Sequence[sources.Source], dates: bool) -> str:
   return digest.hexdigest()
 
 
-def reasons(counts: dict[str, int]) -> str:
-  """As "2 empty, 1 not UTF-8"."""
-  return ", ".join(f"{number:,} {why}" for why, number in counts.items())
-
-
-# ----- building -------------------------------------------------------------
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
-def _build(
-  directory: pathlib.Path,
-  recipe: Recipe,
-  files: Sequence[sources.Source],
-  skips: Sequence[sources.Skip],
-  log,
-) -> None:
-  """Writes an index: `train` and, where documents fall to it, `heldout`."""
-  with contextlib.ExitStack() as stack:
-    tally = stack.enter_context(
-      reading.Tally(directory / "skipped.jsonl", recipe.max_skip_fraction, log)
-    )
-
-    def writer(name, keep_documents):
-      return stack.enter_context(
-        store.StoreWriter(
-          directory / name,
-          recipe.splitter,
-          recipe.capacities,
-          recipe.tokenizer,
-          keep_documents,
-        )
-      )
-
-    train = writer("train", recipe.keep_documents)
-    heldout = writer("heldout", True)
-    sides = stack.enter_context(
-      near_copies.Sides(directory / "waiting", recipe.heldout_fraction)
-    )
-    for record in reading.read_all(
-      files, skips, recipe.field, tally, log, recipe.separator, recipe.turns
-    ):
-      digest = reading.document_digest(record.text)
-      if not sides.waits(record.name, record.text, digest):
-        train.add(record.name, record.text, digest)
-    for name, text, digest, trains in sides.decided():
-      (train if trains else heldout).add(name, text, digest)
-      del text
-    if not train.num_documents:
-      raise ValueError(_nothing(recipe, tally, heldout.num_documents))
-    train.finish()
-    heldout.finish()
-  if not heldout.num_documents:
-    shutil.rmtree(directory / "heldout")
-  store.write_json(
-    directory / "index.json",
-    {
-      "format": store.FORMAT,
-      "made_of": recipe.items,
-      "listing": _listing(files, dates=True),
-      "listing_without_dates": _listing(files, dates=False),
-      "skipped": dict(tally.counts),
-      "cut": {"documents": tally.cut_documents, "bytes": tally.cut_bytes},
-      "near_copies": dict(sides.near_copies),
-    },
-  )
-
-
-def _nothing(recipe: Recipe, tally: reading.Tally, num_heldout: int) -> str:
-  """The message for sources without a document."""
-  found = (
-    f"no documents {recipe.purpose} in {','.join(recipe.items)}: "
-    f"{tally.num_good} found, {num_heldout} of them held out, skipped: "
-    f"{reasons(tally.counts) or 'none'}. Give more data"
-  )
-  if num_heldout:
-    found += ", or data.heldout_fraction=0"
-  return found + "."
-
-
-def _build_in_place(
-  recipe: Recipe, files, skips, listing: str, cache_dir: pathlib.Path, log
-) -> pathlib.Path:
-  final = cache_dir / f"{recipe.key}-{listing}"
-  if final.exists():  # made of other text with the same names, sizes and dates
-    final = cache_dir / f"{recipe.key}-{listing}-{time.time_ns():x}"
-  partial = cache_dir / f"{recipe.key}.partial"
-  shutil.rmtree(partial, ignore_errors=True)  # of a build that died
-  size = sum(file.size for file in files)
-  log(f"indexing {len(files):,} files, {size / 1e6:,.1f} MB, once")
-  start = time.monotonic()
-  partial.mkdir()
-  try:
-    _build(partial, recipe, files, skips, log)
-    _sync_directory(partial)
-    partial.rename(final)
-  except BaseException as error:
-    shutil.rmtree(partial, ignore_errors=True)
-    if isinstance(error, OSError) and error.errno and not error.filename:
-      # Of a write that failed, the system does not say where.
-      raise OSError(error.errno, error.strerror, str(partial)) from error
-    raise
-  _sync_directory(cache_dir)
-  log(f"indexed in {time.monotonic() - start:.1f} s: {final}")
-  return final
-
-
 # ----- finding --------------------------------------------------------------
 
 
@@ -225,8 +115,8 @@ def _read_index(directory: pathlib.Path) -> dict:
 class Index(NamedTuple):
   """An index of the cache, opened."""
 
-  train: store.Store
-  heldout: store.Store | None
+  train: store.Store | joined.Joined
+  heldout: store.Store | joined.Joined | None
   skipped: Counter
   cut: Counter  # documents that lost the left of a prompt, and the bytes
   near_copies: Counter  # documents and bytes that train since one of them does
@@ -237,8 +127,8 @@ def opened(directory: pathlib.Path, splitter: Splitter) -> Index:
   heldout = directory / "heldout"
   said = _read_index(directory)
   return Index(
-    store.Store(directory / "train", splitter),
-    store.Store(heldout, splitter) if heldout.exists() else None,
+    joined.open_store(directory / "train", splitter),
+    joined.open_store(heldout, splitter) if heldout.exists() else None,
     Counter(said["skipped"]),
     Counter(said.get("cut", {})),
     Counter(said.get("near_copies", {})),  # older ones did not look for them
@@ -259,6 +149,16 @@ def _same_text(
   log,
 ) -> bool:
   """Whether files hold what an index was made of; reads them."""
+  waiting = _read_index(index).get("waiting")
+  if waiting is not None:
+    tasks = [
+      parts.Task(index, number, recipe, group)
+      for number, group in enumerate(parts.cut(files))
+    ]
+    return len(tasks) == len(waiting) and all(
+      parts.holds(task, index / "train" / task.name, content)
+      for task, content in zip(tasks, waiting, strict=True)
+    )
   its = opened(index, recipe.splitter)
   given_back = set(its.train.last_digests(its.near_copies["documents"]))
   found = {"train": hashlib.blake2b(digest_size=16)}
@@ -276,10 +176,10 @@ def _same_text(
       else:
         found["heldout"].update(digest)
   found["train"].update(b"".join(last))
-  parts = {"train": its.train, "heldout": its.heldout}
+  stores = {"train": its.train, "heldout": its.heldout}
   return all(
     part is None or part.summary["content"] == found[name].hexdigest()
-    for name, part in parts.items()
+    for name, part in stores.items()
   )
 
 
@@ -293,43 +193,71 @@ def is_listed(recipe: Recipe, index: pathlib.Path) -> bool:
   return known is None or known == _listing(files, dates=True)
 
 
-def find_or_build(recipe: Recipe, cache_dir: pathlib.Path, log) -> pathlib.Path:
+def find_or_build(
+  recipe: Recipe,
+  cache_dir: pathlib.Path,
+  log,
+  how: building.How = building.ALONE,
+) -> pathlib.Path | None:
   """The index of some sources as they are now; builds it where there is none.
 
   Where the sources are gone, the newest one that was made of them.
+
+  Returns: None where parts of other shares are not finished.
+  Raises: ValueError where there is none and `how` refuses to build it.
   """
   name = ",".join(recipe.items)
+  built = _built(recipe, cache_dir)
   try:
     files, skips = sources.list_sources(recipe.paths)
+    if built and not files:  # a glob in a directory that is gone
+      raise ValueError("; ".join(f"{s.where}: {s.detail}" for s in skips[:3]))
   except (ValueError, OSError) as error:
-    built = _built(recipe, cache_dir)
     if not built:
       raise
     log(f"{name} cannot be read ({error}); using its index {built[-1]}")
     return built[-1]
-  listing = _listing(files, dates=True)
+  identity = {
+    "made_of": recipe.items,
+    "listing": _listing(files, dates=True),
+    "listing_without_dates": _listing(files, dates=False),
+  }
 
-  def find(key, value):
+  def find(key="listing"):
     for directory in _built(recipe, cache_dir):
-      if _read_index(directory)[key] == value:
+      if _read_index(directory)[key] == identity[key]:
         return directory
     return None
 
-  if found := find("listing", listing):
+  if found := find():
     return found
   cache_dir.mkdir(parents=True, exist_ok=True)
-  lock = cache_dir / f"{recipe.key}.lock"
-  with locked(lock, lambda: log(f"waiting for the process that builds {name}")):
-    if found := find("listing", listing):
+  lock = functools.partial(
+    locked,
+    cache_dir / f"{recipe.key}.lock",
+    lambda: log(f"waiting for the process that builds {name}"),
+  )
+  order = building.Order(
+    recipe, files, skips, identity, cache_dir, log, find, lock
+  )
+  with lock():
+    if found := find():
       return found
-    undated = _listing(files, dates=False)
-    if found := find("listing_without_dates", undated):
+    if found := find("listing_without_dates"):
       log(f"dates of {name} have changed; comparing its text with the index")
       if _same_text(found, recipe, files, skips, log):
-        said = _read_index(found) | {"listing": listing}
+        said = _read_index(found) | {"listing": identity["listing"]}
         store.write_json(found / "index.json", said)
         return found
-    return _build_in_place(recipe, files, skips, listing, cache_dir, log)
+    if order.size > how.most_bytes:
+      raise ValueError(
+        f"{cache_dir} has no index of {name} ({order.size / 1e9:,.1f} GB). "
+        f"{how.refusal}"
+      )
+    groups = parts.cut(files)
+    if len(groups) == 1:
+      return building.in_one_piece(order)
+  return building.in_parts(order, groups, how)
 
 
 def fingerprint_of(

@@ -7,36 +7,16 @@ processes and workers. docs/data.md states what an epoch, a mixture and a resume
 promise.
 """
 
-import functools
 import math
-import multiprocessing
 import os
-import threading
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 from absl import flags
 
-from aunet_jax.data import packing
+from aunet_jax.data import packing, parallel
 from aunet_jax.data.corpora import Corpus
-
-
-@functools.cache  # one watcher a process
-def _end_with_parent() -> None:
-  """In a Grain worker: ends it when its parent is gone, however that died.
-
-  Grain tells its workers to stop only in an orderly exit; after a `kill -9`
-  they would wait for ever.
-  """
-  parent = multiprocessing.parent_process()
-
-  def watch():
-    parent.join()
-    os._exit(1)
-
-  if parent is not None:
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Rows:
@@ -48,7 +28,7 @@ class _Rows:
 
   def __setstate__(self, state: dict) -> None:
     self.__dict__.update(state)
-    _end_with_parent()  # only workers unpickle rows
+    parallel.end_with_parent()  # only workers unpickle rows
 
   def __len__(self) -> int:
     return self._num_rows

@@ -14,12 +14,14 @@ script without spaces is a word.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,8 +113,23 @@ def sketch(text: bytes) -> np.ndarray:
   return band_B
 
 
-class Sketches:
-  """Sketches in a file, written one by one and read band by band."""
+class Sketches(NamedTuple):
+  """Sketches in a file that is finished, read band by band."""
+
+  path: pathlib.Path
+  num: int
+
+  def band(self, number: int) -> Iterator[np.ndarray]:
+    """uint64 (N,) of the documents in order, some at a time."""
+    for first in range(0, self.num, _BLOCK * _BLOCKS_AT_ONCE):
+      blocks = np.memmap(self.path, np.uint64, mode="r")
+      blocks = blocks.reshape(-1, NUM_BANDS, _BLOCK)[first // _BLOCK :]
+      found = blocks[:_BLOCKS_AT_ONCE, number].reshape(-1)
+      yield found[: self.num - first]
+
+
+class SketchWriter:
+  """Writes sketches one by one."""
 
   def __init__(self, path: pathlib.Path):
     self._path = path
@@ -128,18 +145,20 @@ class Sketches:
       self._file.write(self._block_BN.data)
 
   def close(self) -> None:
-    """Ends the writing."""
-    if self.num % _BLOCK and not self._file.closed:
-      self._file.write(self._block_BN.data)
     self._file.close()
 
-  def band(self, number: int) -> Iterator[np.ndarray]:
-    """uint64 (N,) of the documents in order, some at a time; once closed."""
-    for first in range(0, self.num, _BLOCK * _BLOCKS_AT_ONCE):
-      blocks = np.memmap(self._path, np.uint64, mode="r")
-      blocks = blocks.reshape(-1, NUM_BANDS, _BLOCK)[first // _BLOCK :]
-      found = blocks[:_BLOCKS_AT_ONCE, number].reshape(-1)
-      yield found[: self.num - first]
+  def finish(self) -> Sketches:
+    """Ends the writing, with everything safely on disk."""
+    if self.num % _BLOCK:
+      self._file.write(self._block_BN.data)
+    _close_safely(self._file)
+    return Sketches(self._path, self.num)
+
+
+def _close_safely(file) -> None:
+  file.flush()
+  os.fsync(file.fileno())
+  file.close()
 
 
 class Held(NamedTuple):
@@ -149,11 +168,41 @@ class Held(NamedTuple):
   trains: bool  # since a near copy of it does
 
 
+class Waited(NamedTuple):
+  """A directory of documents that wait, and the sketches of all others."""
+
+  directory: pathlib.Path
+  waiting: Sketches
+  training: Sketches
+
+  @classmethod
+  def of(
+    cls, directory: pathlib.Path, num_waiting: int, num_training: int
+  ) -> "Waited":
+    return cls(
+      directory,
+      Sketches(directory / "waiting.sketches", num_waiting),
+      Sketches(directory / "training.sketches", num_training),
+    )
+
+  def held(self, near_N: np.ndarray) -> Iterator[Held]:
+    """The documents in order. Args: near_N: see `near_training`."""
+    with (
+      open(self.directory / "waiting.texts", "rb") as texts,
+      open(self.directory / "waiting.jsonl") as names,
+    ):
+      for line, trains in zip(names, near_N, strict=True):
+        name, size, digest = json.loads(line)
+        text = texts.read(size)
+        yield Held(name, text, bytes.fromhex(digest), bool(trains))
+        del text
+
+
 class Sides:
   """Puts every document on one side: training, or held out.
 
-  Used as a context, which removes its scratch files. Give it every document
-  with `waits`; then `decided` gives those that waited.
+  Used as a context. Give it every document with `waits`; then `decided` gives
+  those that waited, or `finish` leaves them for later.
 
   Attributes:
     near_copies: documents, and bytes of them, that train since a near copy
@@ -161,21 +210,21 @@ class Sides:
   """
 
   def __init__(self, directory: pathlib.Path, fraction: float):
-    """Args: directory: to make, for scratch. fraction: see `is_heldout`."""
+    """Args: directory: to make. fraction: see `is_heldout`."""
     self._fraction = fraction
     self._directory = directory
     self.near_copies = Counter()
-    directory.mkdir()
+    directory.mkdir(parents=True)
     with contextlib.ExitStack() as stack:
 
       def opened(make, name, *mode):
         file = make(directory / name, *mode)
         return stack.enter_context(contextlib.closing(file))
 
-      self._training = opened(Sketches, "training.sketches")
-      self._waiting = opened(Sketches, "waiting.sketches")
-      self._texts = opened(open, "waiting.texts", "w+b")
-      self._names = opened(open, "waiting.jsonl", "w+")
+      self._training = opened(SketchWriter, "training.sketches")
+      self._waiting = opened(SketchWriter, "waiting.sketches")
+      self._texts = opened(open, "waiting.texts", "wb")
+      self._names = opened(open, "waiting.jsonl", "w")
       self._stack = stack.pop_all()
 
   def __enter__(self):
@@ -183,7 +232,6 @@ class Sides:
 
   def __exit__(self, *exception):
     self._stack.close()
-    shutil.rmtree(self._directory)
 
   def waits(self, name: str, text: bytes, digest: bytes) -> bool:
     """Keeps a document that may be held out; any other is to train on."""
@@ -195,20 +243,23 @@ class Sides:
       self._names.write(json.dumps([name, len(text), digest.hex()]) + "\n")
     return waits
 
+  def finish(self) -> Waited:
+    """Ends the taking, with everything safely on disk."""
+    waiting, training = self._waiting.finish(), self._training.finish()
+    _close_safely(self._texts)
+    _close_safely(self._names)
+    return Waited(self._directory, waiting, training)
+
   def decided(self) -> Iterator[Held]:
-    """The documents that waited, in order."""
-    self._training.close()
-    self._waiting.close()
-    self._texts.seek(0)
-    self._names.seek(0)
-    near_N = near_training(self._waiting, self._training)
-    for line, trains in zip(self._names, near_N, strict=True):
-      name, size, digest = json.loads(line)
-      text = self._texts.read(size)
-      if trains:
-        self.near_copies.update(documents=1, bytes=size)
-      yield Held(name, text, bytes.fromhex(digest), bool(trains))
-      del text
+    """The documents that waited, in order; removes the directory."""
+    waited = self.finish()
+    near_N = near_training([waited.waiting], [waited.training])
+    for held in waited.held(near_N):
+      if held.trains:
+        self.near_copies.update(documents=1, bytes=len(held.text))
+      yield held
+      del held
+    shutil.rmtree(self._directory)
 
 
 def report(near_copies: Counter, num_heldout: int) -> str:
@@ -224,23 +275,46 @@ def report(near_copies: Counter, num_heldout: int) -> str:
   )
 
 
-def near_training(waiting: Sketches, training: Sketches) -> np.ndarray:
-  """bool (N,): whether a chain of near copies leads to training."""
-  near_N = np.zeros(waiting.num, np.bool_)
-  ones, others = [], []
-  for band in range(NUM_BANDS if waiting.num else 0):
-    all_N = np.concatenate(list(waiting.band(band)))
-    keys, first, key_N = np.unique(
-      all_N, return_index=True, return_inverse=True
-    )
-    seen = np.zeros(len(keys), np.bool_)
-    for block in training.band(band):
+class _InBand(NamedTuple):
+  """What one band tells of the documents that wait."""
+
+  near_N: np.ndarray  # bool: agrees with one that trains
+  again: np.ndarray  # numbers of documents that agree with an earlier one
+  first: np.ndarray  # the number of that one
+
+
+def _in_band(
+  waiting: Sequence[Sketches], training: Sequence[Sketches], band: int
+) -> _InBand:
+  all_N = np.concatenate([b for file in waiting for b in file.band(band)])
+  keys, first, key_N = np.unique(all_N, return_index=True, return_inverse=True)
+  seen = np.zeros(len(keys), np.bool_)
+  for file in training:
+    for block in file.band(band):
       at = np.minimum(np.searchsorted(keys, block), len(keys) - 1)
       seen[at[keys[at] == block]] = True
-    near_N |= seen[key_N]
-    again = np.flatnonzero(first[key_N] != np.arange(len(all_N)))
-    ones.append(again)
-    others.append(first[key_N[again]])
+  again = np.flatnonzero(first[key_N] != np.arange(len(all_N)))
+  return _InBand(seen[key_N], again, first[key_N[again]])
+
+
+def near_training(
+  waiting: Sequence[Sketches], training: Sequence[Sketches], run=map
+) -> np.ndarray:
+  """bool (N,): whether a chain of near copies leads to training.
+
+  Args:
+    waiting, training: of the documents of every part, in order.
+    run: as `map`; it may work on several bands at once.
+  """
+  near_N = np.zeros(sum(file.num for file in waiting), np.bool_)
+  if not len(near_N):
+    return near_N
+  look = functools.partial(_in_band, waiting, training)
+  ones, others = [], []
+  for found in run(look, range(NUM_BANDS)):
+    near_N |= found.near_N
+    ones.append(found.again)
+    others.append(found.first)
   if not near_N.any():
     return near_N
   # Half a second to import, for corpora that hold near copies.

@@ -43,17 +43,26 @@ class SkipLog:
 
   def __init__(self, log):
     self.counts = Counter()
-    self.examples = []
+    self.first: list[sources.Skip] = []  # of every reason that loses text
     self._log = log
 
   def add(self, skip: sources.Skip) -> None:
     self.counts[skip.reason] += 1
-    if skip.reason in sources.HARMLESS:
-      return
-    if self.counts[skip.reason] <= 3:
-      line = printable(f"{skip.where}: {skip.reason}: {skip.detail}")
-      self._log(f"skipped {line}")
-      self.examples.append(line)
+    if skip.reason not in sources.HARMLESS:
+      self._show(skip)
+
+  def _show(self, skip: sources.Skip) -> None:
+    if sum(skip.reason == shown.reason for shown in self.first) < 3:
+      self.first.append(skip)
+      self._log(f"skipped {self.examples[-1]}")
+
+  @property
+  def examples(self) -> list[str]:
+    """A line for each of the first skips."""
+    return [
+      printable(f"{skip.where}: {skip.reason}: {skip.detail}")
+      for skip in self.first
+    ]
 
   def summary(self) -> str:
     """As "2 empty, 1 malformed JSON"."""
@@ -78,6 +87,16 @@ class _Sizes:
   def extend(self, other: "_Sizes") -> None:
     self._stored += other._stored
     self._text += other._text
+
+  def state(self) -> list[list[int]]:
+    return [self._stored.tolist(), self._text.tolist()]
+
+  @classmethod
+  def of(cls, state: list[list[int]]) -> "_Sizes":
+    sizes = cls()
+    sizes._stored.extend(state[0])
+    sizes._text.extend(state[1])
+    return sizes
 
   @functools.cached_property
   def _sums(self) -> tuple[np.ndarray, np.ndarray, float]:
@@ -108,6 +127,7 @@ class Tally(SkipLog):
   """
 
   def __init__(self, path: pathlib.Path, max_fraction: float, log):
+    """Args: max_fraction: 1.0 never stops, as for a part of the sources."""
     super().__init__(log)
     self.num_good = self.num_bytes = 0
     self.cut_documents = self.cut_bytes = 0  # that lost the left of a prompt
@@ -124,6 +144,13 @@ class Tally(SkipLog):
     if self.num_good + self.counts.total() >= _EARLY_RECORDS:
       self._check_records()
 
+  def add_left_out(self, skips: Sequence[sources.Skip]) -> None:
+    """Takes in what the listing of sources left out."""
+    for skip in skips:
+      self.add(skip)
+      if skip.lost_bytes is None:  # a directory
+        self.add_file(None, 0, 0, ends_early=True)
+
   def add_file(
     self, kind, stored_bytes: int, num_bytes: int, ends_early: bool
   ) -> None:
@@ -136,6 +163,36 @@ class Tally(SkipLog):
       self._short.append((kind, stored_bytes, num_bytes))
     elif num_bytes:  # images and the like tell nothing of texts
       self._complete.setdefault(kind, _Sizes()).add(stored_bytes, num_bytes)
+
+  def state(self) -> dict:
+    """All that was counted, in JSON types; see `merge`."""
+    return {
+      "counts": dict(self.counts),
+      "first": self.first,
+      "num_good": self.num_good,
+      "num_bytes": self.num_bytes,
+      "cut_documents": self.cut_documents,
+      "cut_bytes": self.cut_bytes,
+      "lost_bytes": self._lost_bytes,
+      "short": self._short,
+      "complete": [[k, sizes.state()] for k, sizes in self._complete.items()],
+    }
+
+  def merge(self, state: dict) -> None:
+    """Takes in what the tally of a part of the sources counted."""
+    self.counts.update(state["counts"])
+    for fields in state["first"]:
+      self._show(sources.Skip(*fields))
+    self.num_good += state["num_good"]
+    self.num_bytes += state["num_bytes"]
+    self.cut_documents += state["cut_documents"]
+    self.cut_bytes += state["cut_bytes"]
+    self._lost_bytes += state["lost_bytes"]
+    # JSON makes lists of the tuples that kinds are.
+    self._short += [(tuple(kind), *rest) for kind, *rest in state["short"]]
+    for kind, sizes in state["complete"]:
+      known = self._complete.setdefault(tuple(kind), _Sizes())
+      known.extend(_Sizes.of(sizes))
 
   def check(self) -> None:
     """Raises: ValueError where too much was skipped."""
@@ -153,6 +210,15 @@ class Tally(SkipLog):
     """As `check`, for what is known before all of `expected_bytes` are read."""
     self._check_bytes(self._lost_bytes, expected_bytes)
 
+  def check_parts(self, share: float) -> None:
+    """As `check`, once about `share` of the sources was merged, in any order.
+
+    It stops at what is too much for all of them, not for those alone.
+    """
+    self._check_bytes(self._lost_bytes, int(self.num_bytes / share))
+    records = self.num_good + self.counts.total()
+    self._check_records(int(records / share))
+
   def _check_bytes(self, lost: int, expected_bytes: int) -> None:
     total = max(lost + self.num_bytes, expected_bytes)
     if lost > self._max_fraction * total:
@@ -161,11 +227,11 @@ class Tally(SkipLog):
         f"{self._remedy()}"
       )
 
-  def _check_records(self) -> None:
+  def _check_records(self, expected: int = 0) -> None:
     bad = sum(
       n for why, n in self.counts.items() if why not in sources.HARMLESS
     )
-    if bad > self._max_fraction * (bad + self.num_good):
+    if bad > self._max_fraction * max(bad + self.num_good, expected):
       raise ValueError(
         f"{bad} of {bad + self.num_good} records cannot be used, more than "
         f"{self._remedy()}"
@@ -229,10 +295,7 @@ def read_all(
   """
   total = sum(file.size for file in files)
   progress = _Progress(total, log)
-  for skip in skips:
-    tally.add(skip)
-    if skip.lost_bytes is None:  # a directory
-      tally.add_file(None, 0, 0, ends_early=True)
+  tally.add_left_out(skips)
   done = 0
   for file in files:
     before, ends_early = tally.num_bytes, False

@@ -36,7 +36,7 @@ _DIGESTS = 1 << 20  # read at a time
 DamagedError = blocks.DamagedError
 
 
-def _piece_dtype(state_size: int) -> np.dtype:
+def piece_dtype(state_size: int) -> np.dtype:
   return np.dtype(
     [
       ("document", "<i8"),
@@ -91,7 +91,7 @@ class StoreWriter:
     self._capacities = tuple(capacities)
     self._keep_documents = keep_documents
     self._packer = packing.Packer(splitter, capacities, keep_documents)
-    self._dtype = _piece_dtype(len(splitter.start))
+    self._dtype = piece_dtype(len(splitter.start))
     self._tokenizer = tokenizer
     names = ["text.bin", "documents.bin", "digests.bin", "names.jsonl"]
     names += ["pieces.bin", "rows.bin"]
@@ -212,13 +212,21 @@ class Store:
   Raises: DamagedError, from every method: a file is not as it was written.
   """
 
-  def __init__(self, directory: str | os.PathLike, splitter):
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    splitter,
+    index: pathlib.Path | None = None,
+  ):
+    """Args: index: the directory to delete where a file is damaged; None = the
+    one above."""
     self._directory = pathlib.Path(directory)
+    self._index = self._directory.parent if index is None else index
     self._splitter = splitter
     try:
       self._open_files()
     except (OSError, ValueError, KeyError, TypeError) as error:
-      raise damaged(self._directory.parent, error) from error
+      raise damaged(self._index, error) from error
 
   def _open_files(self) -> None:
     self.summary = summary = read_json(self._directory / "summary.json")
@@ -243,7 +251,7 @@ class Store:
     self._documents = blocks.Table(open_file("documents.bin"), "<i8")
     self._rows = blocks.Table(open_file("rows.bin"), "<i8")
     self._pieces = blocks.Table(
-      open_file("pieces.bin"), _piece_dtype(len(self._splitter.start))
+      open_file("pieces.bin"), piece_dtype(len(self._splitter.start))
     )
     if known == FORMAT:
       self._digests = blocks.Table(open_file("digests.bin"), "<u8")
@@ -281,7 +289,7 @@ class Store:
     )
     last = summary["num_rows"]
     num_pieces = int(blocks.Table(rows, "<i8").read(last, last + 1)[0])
-    itemsize = _piece_dtype(summary["state_size"]).itemsize
+    itemsize = piece_dtype(summary["state_size"]).itemsize
     sizes = {
       "text.bin": summary["num_bytes"],
       "names.jsonl": os.stat(self._directory / "names.jsonl").st_size,
@@ -297,7 +305,7 @@ class Store:
     return sizes
 
   def __reduce__(self):
-    return Store, (self._directory, self._splitter)
+    return Store, (self._directory, self._splitter, self._index)
 
   @property
   def num_rows(self) -> int:
@@ -308,7 +316,7 @@ class Store:
     try:
       yield
     except DamagedError as error:
-      raise damaged(self._directory.parent, error) from error
+      raise damaged(self._index, error) from error
 
   def pieces(self, index: int) -> list[packing.Piece]:
     """The pieces of a row, in order."""
@@ -357,11 +365,11 @@ class Store:
       units = [self._units(piece) for piece in pieces]
     bos, eos = self.summary.get("bos", BOS), self.summary.get("eos", EOS)
     if self._reads_tokens and any((text >= bos).any() for text in units):
-      raise damaged(self._directory.parent, DamagedError("a token has no text"))
+      raise damaged(self._index, DamagedError("a token has no text"))
     try:
       row = packing.fill_row(pieces, units, self._splitter, length, bos, eos)
     except ValueError as error:  # of the splitter: a state there cannot be
-      raise damaged(self._directory.parent, error) from error
+      raise damaged(self._index, error) from error
     if not self._reads_tokens:
       return row
     sizes = self._token_bytes[row["targets"]]

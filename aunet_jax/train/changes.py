@@ -12,6 +12,7 @@ FREE_FIELDS = (
   "mesh.",
   "checkpoint.",
   "data.cache_dir",
+  "data.build_index",
   "data.num_workers",
   "data.tokenizer",  # its content is compared, wherever the file is
   "data.max_skip_fraction",

@@ -11,6 +11,7 @@ import optax
 from aunet_jax import files
 from aunet_jax.aunet import attention, sharding
 from aunet_jax.config import Config
+from aunet_jax.data import building
 from aunet_jax.data.corpora import Corpus, open_corpora
 from aunet_jax.data.loader import Loader, make_loader
 from aunet_jax.data.tokenizer import Tokenizer
@@ -59,6 +60,29 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
       f"set model.vocab_size={tokenizer.vocab_size}."
     )
   return tokenizer
+
+
+_MOST_AT_START = 10e9  # bytes of files: some minutes of one core
+
+
+def who_builds(config: Config, cache: Path, num_processes: int) -> building.How:
+  """Whether this run builds a missing index; see `data.build_index`.
+
+  Args: num_processes: of the run, that wait while one builds.
+  """
+  wanted = config.data.build_index
+  if wanted or (wanted is None and num_processes == 1):
+    return building.ALONE
+  return building.How(
+    most_bytes=-1 if wanted is False else _MOST_AT_START,
+    refusal=(
+      f"{num_processes} processes would wait while it is built. Build it once, "
+      f"where no accelerator waits: `python -m aunet_jax.prepare --index="
+      f"{cache.absolute()} --workers=N`, with this --config and its settings; "
+      f"then start this run with data.cache_dir={cache.absolute()}. Or set "
+      f"data.build_index=True to build it here."
+    ),
+  )
 
 
 class Setup(NamedTuple):
@@ -199,14 +223,16 @@ def set_up(
     if branched is not None:
       host = branched.host
     cache = config.data.cache_dir
+    cache = workdir / "data" if cache is None else cache
     corpus, heldout = open_corpora(
       config.data,
       splitter,
       config.model.capacities,
-      cache_dir=workdir / "data" if cache is None else cache,
+      cache_dir=cache,
       log=say,
       begun_with=host.get("data_fingerprint"),
       begun_with_heldout=host.get("heldout_fingerprint"),
+      how=who_builds(config, Path(cache), jax.process_count()),
     )
     share_index, share_count = sharding.batch_share(mesh)
     loader = make_loader(

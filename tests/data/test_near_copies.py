@@ -100,6 +100,13 @@ def plain_trains(waiting, training):
     near = more
 
 
+def written(path, rows):
+  file = near_copies.SketchWriter(path)
+  for row in rows:
+    file.add(row)
+  return file.finish()
+
+
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=60)
 def test_near_copies_and_theirs_go_to_training(
@@ -113,10 +120,14 @@ def test_near_copies_and_theirs_go_to_training(
   parts = bands[:num_waiting], bands[num_waiting:]
   files = []
   for name, part in zip("ab", parts, strict=True):
-    files.append(near_copies.Sketches(directory / name))
-    for row in part:
-      files[-1].add(row)
-    files[-1].close()
+    # In two files, as the parts of an index have them.
+    cut = len(part) // 3
+    files.append(
+      [
+        written(directory / f"{name}{i}", rows)
+        for i, rows in enumerate((part[:cut], part[cut:]))
+      ]
+    )
   found = near_copies.near_training(*files)
   assert found.tolist() == plain_trains(*parts)
 
@@ -127,10 +138,7 @@ def test_sketches_are_read_as_they_were_written(tmp_path, monkeypatch):
   rng = np.random.default_rng(0)
   for count in (0, 1, 7, 8, 9, 16, 17, 40):
     rows = rng.integers(0, 2**63, (count, near_copies.NUM_BANDS), np.uint64)
-    file = near_copies.Sketches(tmp_path / "s")
-    for row in rows:
-      file.add(row)
-    file.close()
+    file = written(tmp_path / "s", rows)
     for band in range(near_copies.NUM_BANDS):
       read = np.concatenate([[], *file.band(band)]).astype(np.uint64)
       assert len(read) == count

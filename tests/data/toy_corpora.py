@@ -6,7 +6,7 @@ import numpy as np
 from toy_splitter import SpaceSplitter
 
 from aunet_jax import config
-from aunet_jax.data import corpora
+from aunet_jax.data import building, corpora
 
 SPLITTER = SpaceSplitter()
 CAPACITIES = (24, 8, 4)
@@ -54,3 +54,25 @@ def open_texts(tmp_path, some, **settings):
   return open_corpora(
     tmp_path, write(tmp_path / "texts.jsonl", some), **settings
   )
+
+
+# Of the sources that conftest.py makes.
+IN_PARTS = {"heldout_fraction": 0.3, "max_skip_fraction": 0.5}
+
+
+def build_in_parts(directory, **how):
+  """Builds the index of `directory`; whether all of it is there."""
+  cfg = config.DataConfig(train=str(directory / "texts"), **IN_PARTS)
+  return corpora.build_indexes(
+    cfg, SPLITTER, CAPACITIES, directory / "cache", building.How(**how), print
+  )
+
+
+def content(directory):
+  """Every file below the cache but locks, by name."""
+  cache = directory / "cache"
+  return {
+    str(path.relative_to(cache)): path.read_bytes()
+    for path in cache.rglob("*")
+    if path.is_file() and path.suffix != ".lock"
+  }

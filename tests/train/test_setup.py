@@ -1,5 +1,6 @@
 """What a run checks before it opens anything."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,25 @@ def test_rows_divide_over_the_devices(batch_size, microbatches, says):
   else:
     with pytest.raises(ValueError, match=says):
       setup.check_batch(config, mesh)
+
+
+@pytest.mark.parametrize(
+  ("setting", "num_processes", "most"),
+  [
+    (None, 1, math.inf),
+    (None, 2, 10e9),
+    (True, 64, math.inf),
+    (False, 1, -1),
+    (False, 64, -1),
+  ],
+)
+def test_who_builds_an_index_that_is_missing(setting, num_processes, most):
+  config = config_lib.parse_flags(
+    [TINY, f"--config.data.build_index={setting}"]
+  )
+  how = setup.who_builds(config, Path("cache"), num_processes)
+  assert how.most_bytes == most
+  assert (how.num_workers, how.share) == (1, (0, 1))
+  if most < math.inf:
+    assert f"{num_processes} processes would wait" in how.refusal
+    assert f"prepare --index={Path.cwd()}/cache" in how.refusal
