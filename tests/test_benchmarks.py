@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, page, suite, upsample, where_time_goes
+from aunet_jax.data import parts
+from benchmarks import (
+  attention,
+  indexing,
+  page,
+  suite,
+  upsample,
+  where_time_goes,
+)
 
 
 def test_products_in_loops_are_counted_as_often_as_they_run():
@@ -104,3 +112,10 @@ def test_a_suite_cut_short_keeps_the_parts_that_were_done(
     suite.main()
   results = json.loads(written.read_text())["results"]
   assert results["one"]["failed"] == "exit status 2"
+
+
+def test_a_large_index_is_written_as_it_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(parts, "PART_BYTES", 1 << 20)
+  assert indexing.write_index(tmp_path, 3000) == 3
+  found = indexing.start(tmp_path)
+  assert found["documents"] == 3000 and found["heldout_documents"] == 1000

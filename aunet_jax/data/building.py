@@ -213,9 +213,7 @@ class _Progress:
     self._log(line)
 
 
-def _plan(
-  order: Order, tasks: Sequence[parts.Task], work: pathlib.Path, how: How
-) -> float:
+def _plan(order: Order, tasks: Sequence[parts.Task], how: How) -> float:
   """Says what the parts that are missing will take; checks the disk.
 
   Returns: the text that is to be read here, in bytes; 0 = unknown.
@@ -229,11 +227,11 @@ def _plan(
   say = f"{len(tasks)} parts" + (f", {done} of them finished" if done else "")
   about = None
   if left:
-    about = estimate.estimate(order.files, order.recipe, work / "parts")
+    about = estimate.estimate(order.files, order.recipe)
   if about is None:
     log(f"{say}; what is left cannot be estimated" if left else say)
     return 0.0
-  estimate.check_disk(about.disk * stored_left, work, order.name)
+  estimate.check_disk(about.disk * stored_left, order.cache_dir, order.name)
   seconds = about.seconds * stored_mine / how.num_workers
   log(
     f"{say}; in all about {about.of_text() / 1e9:,.2f} GB of text, "
@@ -246,20 +244,14 @@ def _plan(
 
 
 def _build_parts(
-  order: Order, tasks: Sequence[parts.Task], how: How, total: float
+  order: Order, tasks: Sequence[parts.Task], how: How, pool: parallel.Pool
 ) -> None:
-  """Builds the parts of this share; returns when they are finished.
-
-  Args: total: see `_plan`.
-  """
+  """Builds the parts of this share; returns when they are finished."""
   (index, count), log = how.share, order.log
   mine = [task for task in tasks if task.number % count == index]
   stored = {t.number: sum(f.size for f in t.files) or 1 for t in tasks}
   done, most = 0, order.recipe.max_skip_fraction
-  with (
-    reading.Tally(os.devnull, most, log) as tally,
-    parallel.Pool(how.num_workers, _Progress(total, log).show) as pool,
-  ):
+  with reading.Tally(os.devnull, most, log) as tally:
     tally.add_left_out(order.skips)
     left = [task for task in mine if not task.mark.exists()]
     for wait in (False, True):
@@ -306,9 +298,11 @@ def in_parts(
   log(f"indexing {len(order.files):,} files, {order.size / 1e6:,.1f} MB, once")
   start = time.monotonic()
   joined = work / "index.json"
-  if not joined.exists():
-    _build_parts(order, tasks, how, _plan(order, tasks, work, how))
-  with order.locked():
+  with parallel.Pool(how.num_workers) as pool, contextlib.ExitStack() as stack:
+    if not joined.exists():
+      pool.on_tick = _Progress(_plan(order, tasks, how), log).show
+      _build_parts(order, tasks, how, pool)
+    stack.enter_context(order.locked())
     if found := order.find():
       return found
     if not joined.exists():
@@ -318,26 +312,31 @@ def in_parts(
           f"that ends last joins them"
         )
         return None
-      _join(work, order, tasks, how)
+      _join(work, order, tasks, pool)
     for scratch in ("parts", "waiting"):
       shutil.rmtree(work / scratch, ignore_errors=True)
     final = order.free_name()
     work.rename(final)
+    # One who came late may have made its lock again.
+    shutil.rmtree(final / "parts", ignore_errors=True)
     parts.sync_directory(cache_dir)
   log(f"indexed in {time.monotonic() - start:.1f} s: {final}")
   return final
 
 
 def _join(
-  work: pathlib.Path, order: Order, tasks: Sequence[parts.Task], how: How
+  work: pathlib.Path,
+  order: Order,
+  tasks: Sequence[parts.Task],
+  pool: parallel.Pool,
 ) -> None:
   most = order.recipe.max_skip_fraction
   skipped = work / "skipped.jsonl"
   tally = parts.merged_tally(tasks, order.skips, skipped, most)
   tally.check()
   order.log(f"joining {len(tasks)} parts")
-  with parallel.Pool(how.num_workers) as pool:
-    found = parts.join(tasks, pool)
+  pool.on_tick = lambda num_bytes, num_documents: None
+  found = parts.join(tasks, pool)
   if not found.num_train:
     raise ValueError(_nothing(order.recipe, tally, found.num_heldout))
   waiting = found.waiting_contents

@@ -5,7 +5,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from aunet_jax.data import (
 )
 
 _FILES = 8  # that are sampled, spread over all
-_BYTES = 1 << 24  # of text, of each: many blocks that decoders read ahead
+_BYTES = 1 << 22  # of text, of each
 
 
 class Estimate(NamedTuple):
@@ -36,39 +36,47 @@ class Estimate(NamedTuple):
     return round(self.text * self.stored_bytes)
 
 
-def _sample(file: sources.Source, recipe: Any) -> Iterator[tuple[Any, int]]:
-  """Documents of the start of a file, and its bytes read up to each."""
-  if file.kind == "hf":
-    return
+def _sample(
+  file: sources.Source, recipe: Any, take: Callable[[Any], None]
+) -> np.ndarray:
+  """Gives `take` documents of the start of a file.
+
+  Returns: int64 (3,): bytes of the file, and of text, and documents, that
+    belong together: a decoder that reads ahead has read more than it gave.
+  """
   with remote.open_stored(file.path) as stored:
     opened = formats.open_source(
       file, stored, recipe.field, recipe.separator, recipe.turns
     )
-    left = _BYTES
+    sizes, positions = [], []
     for record in formats.read(opened, file.kind, file.compression):
-      if not isinstance(record, sources.Skip):
-        left -= len(record.text)
-        yield record, opened.position()
-      if left <= 0:
-        return
+      if isinstance(record, sources.Skip):
+        continue
+      take(record)
+      sizes.append(len(record.text))
+      positions.append(opened.position())
+      if sum(sizes) > _BYTES:
+        break
+    else:
+      return np.array([file.size, sum(sizes), len(sizes)])
+  between = positions[-1] - positions[0]
+  if not between:
+    return np.array([positions[-1], sum(sizes), len(sizes)])
+  return np.array([between, sum(sizes[1:]), len(sizes) - 1])
 
 
-def estimate(
-  files: Sequence[sources.Source], recipe: Any, scratch: pathlib.Path
-) -> Estimate | None:
-  """Indexes a sample in a temporary directory in `scratch`.
+def estimate(files: Sequence[sources.Source], recipe: Any) -> Estimate | None:
+  """Indexes a sample in a temporary directory.
 
   Args: recipe: an indexes.Recipe.
   Returns: None where the sample holds no text.
   """
-  numbers = np.linspace(0, len(files) - 1, _FILES).astype(int)
-  stored = text = documents = 0
+  chosen = np.linspace(0, len(files) - 1, _FILES).astype(int)
+  found_3 = np.zeros(3, np.int64)  # see _sample
   near = recipe.heldout_fraction > 0
-  seconds = timed_bytes = 0.0
+  seconds, timed = 0.0, 0
   with contextlib.ExitStack() as stack:
-    directory = pathlib.Path(
-      stack.enter_context(tempfile.TemporaryDirectory(dir=scratch))
-    )
+    directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
     writer = stack.enter_context(
       store.StoreWriter(
         directory / "sample",
@@ -78,26 +86,28 @@ def estimate(
         recipe.keep_documents,
       )
     )
-    for turn, number in enumerate(sorted(set(numbers.tolist()))):
-      at, start = 0, time.monotonic()
+
+    def take(record):
+      if near:
+        near_copies.sketch(record.text)
+      digest = reading.document_digest(record.text)
+      writer.add(record.name, record.text, digest)
+
+    for turn, number in enumerate(sorted(set(chosen.tolist()))):
+      start, before = time.monotonic(), writer.num_bytes
       # What cannot be read is told of when it is its turn.
       with contextlib.suppress(OSError, ValueError):
-        for record, position in _sample(files[number], recipe):
-          at = position
-          digest = reading.document_digest(record.text)
-          if near:
-            near_copies.sketch(record.text)
-          writer.add(record.name, record.text, digest)
-          text += len(record.text)
-          documents += 1
-      stored += at
+        if files[number].kind != "hf":
+          found_3 += _sample(files[number], recipe, take)
       if turn:  # the first one waits for compilers and the like
         seconds += time.monotonic() - start
-        timed_bytes += at
+        timed += writer.num_bytes - before
+    stored, text, documents = found_3.tolist()
     if not text or not stored:
       return None
     writer.finish()
-    disk = sum(p.stat().st_size for p in (directory / "sample").iterdir())
+    size = sum(p.stat().st_size for p in (directory / "sample").iterdir())
+  disk = size / writer.num_bytes * text
   if near:
     disk += documents * 8 * near_copies.NUM_BANDS
     disk += text * recipe.heldout_fraction
@@ -106,7 +116,7 @@ def estimate(
     text=text / stored,
     documents=documents / stored,
     disk=disk / stored,
-    seconds=seconds / max(timed_bytes, 1),
+    seconds=seconds / max(timed, 1) * text / stored,
   )
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import importlib
 import multiprocessing
 import os
 import signal
@@ -67,17 +68,14 @@ def advance(num_bytes: int, num_documents: int) -> None:
 class Pool:
   """Runs tasks in processes of their own, or in this one where one is asked.
 
-  Used as a context. Tasks, arguments and results must be picklable.
+  Used as a context. Tasks, arguments and results must be picklable. Processes
+  start at once, so that they are ready when the first task comes.
   """
 
-  def __init__(
-    self, num_workers: int, on_tick: Callable[[int, int], None] | None = None
-  ):
-    """Args: on_tick: called every half second, at least between two tasks,
-    with the bytes and documents that tasks have done so far.
-    """
-    self._num_workers = num_workers
-    self._on_tick = on_tick or (lambda num_bytes, num_documents: None)
+  def __init__(self, num_workers: int):
+    # Called every half second, at least between two tasks, with the bytes and
+    # documents that tasks have done so far.
+    self.on_tick: Callable[[int, int], None] = lambda *done: None
     self._last = time.monotonic()
     context = multiprocessing.get_context("spawn")  # JAX has threads
     self._counters = context.Array("q", 3)
@@ -86,6 +84,8 @@ class Pool:
       self._executor = concurrent.futures.ProcessPoolExecutor(
         num_workers, context, _begin, (self._counters,)
       )
+      for _ in range(num_workers):
+        self._executor.submit(_import)
 
   def __enter__(self):
     return self
@@ -99,7 +99,7 @@ class Pool:
     now = time.monotonic()
     if now - self._last >= _TICK_SECONDS:
       self._last = now
-      self._on_tick(self._counters[0], self._counters[1])
+      self.on_tick(self._counters[0], self._counters[1])
 
   def run(self, function: Callable, tasks: Iterable) -> Iterator[Any]:
     """The results of function(task), as they come.
@@ -150,6 +150,11 @@ class Pool:
     for number, result in self.run(numbered, list(enumerate(tasks))):
       kept[number] = result
     yield from (kept[number] for number in range(len(kept)))
+
+
+def _import() -> None:
+  """Imports what tasks need."""
+  importlib.import_module("aunet_jax.data.parts")
 
 
 def _numbered(function: Callable, task: tuple[int, Any]) -> tuple[int, Any]:

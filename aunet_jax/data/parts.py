@@ -126,6 +126,11 @@ def documents(
   parallel.advance(num_bytes, count)
 
 
+def _joined(work: pathlib.Path) -> bool:
+  """Whether others have finished all parts, and joined them."""
+  return (work / "index.json").exists() or not work.exists()
+
+
 def build(task: Task, wait: bool) -> int | None:
   """Builds a part, unless it is finished.
 
@@ -135,13 +140,14 @@ def build(task: Task, wait: bool) -> int | None:
   try:
     lock = Lock(task.mark.with_suffix(".lock"))
   except FileNotFoundError:
-    if task.work.exists():
+    if not _joined(task.work):
       raise
-    return task.number  # others have finished all of them
+    return task.number
   with contextlib.closing(lock):
     if not lock.take(wait):
       return None
-    if not task.mark.exists() and task.work.exists():
+    # In this order: others who join remove the mark after they say so.
+    if not task.mark.exists() and not _joined(task.work):
       try:
         _build(task)
       except OSError as error:

@@ -34,7 +34,8 @@ def die(number):
 def test_results_come_and_progress_is_told(num_workers, monkeypatch):
   monkeypatch.setattr(parallel, "_TICK_SECONDS", 0.0)
   told = []
-  with parallel.Pool(num_workers, lambda *done: told.append(done)) as pool:
+  with parallel.Pool(num_workers) as pool:
+    pool.on_tick = lambda *done: told.append(done)
     assert sorted(pool.run(double, range(7))) == list(range(0, 14, 2))
     assert list(pool.map(double, range(5))) == list(range(0, 10, 2))
   assert told[-1] == (sum(range(7)) + sum(range(5)), 12)
@@ -59,7 +60,7 @@ def test_workers_end_with_their_parent(tmp_path):
       from aunet_jax.data import parallel
 
       def forever(_):
-        print(os.getpid(), flush=True)
+        os.write(1, b"%d\\n" % os.getpid())
         time.sleep(600)
 
       if __name__ == "__main__":

@@ -242,3 +242,28 @@ def test_what_lies_unfinished_of_other_files_is_named(directory):
   lines = []
   opened(directory, lines)
   assert any("unfinished index" in line for line in lines)
+
+
+def test_one_who_comes_when_all_is_joined_builds_nothing(
+  directory, monkeypatch
+):
+  tasks, real = [], parts.join
+
+  def join(given, pool):
+    tasks.extend(given)
+    return real(given, pool)
+
+  monkeypatch.setattr(parts, "join", join)
+  assert build_in_parts(directory)
+  before = content(directory)
+  monkeypatch.setattr(parts, "_build", None)
+  work = tasks[0].work
+  assert parts.build(tasks[0], wait=False) == 0  # its directory is gone
+  (index,) = (directory / "cache").glob("*/index.json")
+  index.parent.rename(work)  # as before the last step, but for the marks
+  assert parts.build(tasks[1], wait=False) == 1
+  (work / "parts").mkdir()
+  assert parts.build(tasks[2], wait=True) == 2
+  shutil.rmtree(work / "parts")
+  work.rename(index.parent)
+  assert content(directory) == before
