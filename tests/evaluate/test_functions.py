@@ -4,12 +4,15 @@ import io
 import json
 import lzma
 import tarfile
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lm_eval")
 
 from aunet_jax.evaluate.tasks import functions  # noqa: E402
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "eval"
 
 
 def lines(rows) -> str:
@@ -254,3 +257,18 @@ def test_a_continuation_has_bits_of_its_bytes():
   assert functions.continuation(doc, [(-2.0, True)]) == {
     "acc": 1.0, "perplexity": -2.0, "bits_per_byte": (-2.0, 3),
   }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the data are not there")
+def test_the_solutions_of_humaneval_pass_and_empty_ones_do_not():
+  data = functions.json_lines(
+    test="humaneval/human_eval.jsonl",
+    fields=["task_id", "prompt", "canonical_solution", "test", "entry_point"],
+    data_dir=str(SHARED),
+  )
+  for doc in data["test"]:
+    solved = functions.program(doc, [doc["canonical_solution"]])
+    assert solved == {"pass@1": 1.0}, doc["task_id"]
+  for doc in list(data["test"])[:8]:
+    assert functions.program(doc, ["    pass"]) == {"pass@1": 0.0}
