@@ -310,9 +310,11 @@ def open_text(
   tokenizer: Tokenizer | None = None,
   log=print,
   separator: str | None = None,
+  turns: conversations.Reader | None = None,
 ) -> Corpus:
   """Text to evaluate: every document that fits a row is in one piece.
 
+  Args: turns: then the records are conversations.
   Raises: as `open_corpora`.
   """
   packing.check_capacities(capacities, splitter)
@@ -323,6 +325,7 @@ def open_text(
     tokenizer=tokenizer,
     text_field=text_field,
     separator=separator,
+    turns=turns,
     keep_documents=True,
     purpose="to evaluate",
   )

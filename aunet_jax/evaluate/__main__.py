@@ -80,6 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     help="text to give to gzip and xz for comparison, at about a second a MB "
     "(default 16 MiB; 0: none)",
   )
+  parser.add_argument(
+    "--answers",
+    action="store_true",
+    help="the data are conversations, read as the model was tuned on them; "
+    "what the assistant says is scored",
+  )
   terminal.add_trust_rules(parser)
   args = parser.parse_args(argv)
   if args.batch_size < 1:
@@ -106,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
       stride=args.stride,
       separator=args.separator,
       compressor_bytes=args.compressor_bytes,
+      answers=args.answers,
       **options,
     )
   print(

@@ -17,7 +17,7 @@ from aunet_jax.aunet import loss, network, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.aunet.sharding import Batch, to_device
 from aunet_jax.config import BOS, EOS, MeshConfig
-from aunet_jax.data import corpora
+from aunet_jax.data import conversations, corpora, roles
 from aunet_jax.evaluate import windows
 from aunet_jax.workdir import load
 
@@ -134,10 +134,13 @@ def score_windows(
   mesh: Mesh,
   batch_size: int,
   unit_bytes: np.ndarray,
+  answers: bool = False,
 ) -> Iterator[tuple[int, Sums]]:
   """(document, sums) of every window, in order.
 
-  Args: unit_bytes: text bytes of every id; 0 of EOS alone.
+  Args:
+    unit_bytes: text bytes of every id; 0 of what ends a document or an answer.
+    answers: documents are conversations, of which answers alone count.
   """
 
   def nats_of(params, batch):
@@ -160,6 +163,9 @@ def score_windows(
         new = window.scored - window.start
         nats_N = nats_L[at + new : at + window.size]
         bytes_N = unit_bytes[window.targets[new:]]
+        if answers:
+          learned_N = roles.in_answers(window.inputs)[new:]
+          nats_N, bytes_N = nats_N[learned_N], bytes_N[learned_N]
         yield (
           window.document,
           Sums(
@@ -186,6 +192,7 @@ def evaluate_workdir(
   stride: int | None = None,
   separator: str | None = None,
   compressor_bytes: int = 16 << 20,
+  answers: bool = False,
   on_document: Callable[[dict], None] = lambda row: None,
 ) -> dict:
   """Bits per byte of any text under the model of a workdir.
@@ -199,6 +206,8 @@ def evaluate_workdir(
       row; None = they are disjoint.
     separator: between the documents of a text file, as `data.separator`.
     compressor_bytes: of the text to give to compressors for comparison.
+    answers: records are conversations, as the model was tuned on; what it says
+      counts, with the end of its turn for EOS, and compressors get nothing.
     on_document: takes the scores of every document, in order.
   Raises: ValueError, CheckpointError.
   """
@@ -208,6 +217,19 @@ def evaluate_workdir(
   loaded = load.load(workdir, mesh, trust_rules)
   model, tokenizer = loaded.model, loaded.tokenizer
   capacities = model.config.capacities
+  turns = None
+  if answers:
+    if not loaded.splitter.has_roles:
+      raise ValueError(
+        f"--answers is for a model that was tuned on conversations, as that of "
+        f"{workdir} was not (docs/finetuning.md); leave it out."
+      )
+    turns = conversations.make_reader(
+      loaded.config.data, loaded.splitter, capacities
+    )
+    compressor_bytes = 0
+  elif loaded.splitter.has_roles:
+    log("records of conversations are scored with --answers, texts without")
   if stride is not None and not 1 <= stride <= capacities[0]:
     raise ValueError(
       f"--stride={stride} must be from 1 to the {capacities[0]} positions of "
@@ -223,6 +245,8 @@ def evaluate_workdir(
   unit_bytes[list(ids)] = 0
   if tokenizer is not None:
     ids, unit_bytes = (tokenizer.bos, tokenizer.eos), tokenizer.num_bytes
+  if answers:
+    unit_bytes[roles.END] = 0
   with tempfile.TemporaryDirectory() as cache:
     corpus = corpora.open_text(
       paths,
@@ -233,6 +257,7 @@ def evaluate_workdir(
       tokenizer,
       log,
       separator,
+      turns,
     )
     names = []
 
@@ -249,7 +274,7 @@ def evaluate_workdir(
     total, cuts = Sums(), 0
     scored = score_windows(
       model, params, windows.rows(all_windows(), capacities), mesh, batch_size,
-      unit_bytes,
+      unit_bytes, answers,
     )  # fmt: skip
     for number, parts in itertools.groupby(scored, key=lambda pair: pair[0]):
       document = Sums()
@@ -267,6 +292,7 @@ def evaluate_workdir(
     return {
       **total.to_json(),
       "eos_counted": True,
+      "answers": answers,
       "documents": corpus.num_documents,
       "cuts": cuts,
       "stride": stride,

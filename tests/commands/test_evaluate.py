@@ -104,3 +104,9 @@ def test_bad_input_is_named(
   assert evaluate_main.main(flags) == 2
   error = capsys.readouterr().err
   assert message in error and "Traceback" not in error
+
+
+def test_a_model_of_text_has_no_answers(workdir, texts, capsys):
+  flags = [f"--workdir={workdir}", f"--data={texts}", "--answers"]
+  assert evaluate_main.main(flags) == 2
+  assert "was tuned on conversations" in capsys.readouterr().err

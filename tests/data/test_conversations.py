@@ -207,6 +207,25 @@ def test_a_file_of_another_kind_is_said_and_leaves_nothing(
   assert not left
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "arrow"])
+def test_a_table_of_prompts_is_refused_not_read_as_text(tmp_path, kind):
+  rows, path = pairs(3), tmp_path / f"a.{kind}"
+  if kind in ("csv", "tsv"):
+    between = "," if kind == "csv" else "\t"
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
+    path.write_text("".join(between.join(line) + "\n" for line in lines))
+  else:
+    pa = pytest.importorskip("pyarrow")
+    table = pa.Table.from_pylist(rows)
+    if kind == "parquet":
+      pytest.importorskip("pyarrow.parquet").write_table(table, path)
+    else:
+      with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+  with pytest.raises(ValueError, match=f"read from JSON lines, not {kind}"):
+    open_(tmp_path, str(path))
+
+
 def test_other_fields_make_another_index_and_text_keeps_its_own(tmp_path):
   path = write(
     tmp_path / "a.jsonl", [{"prompt": "a b", "completion": "c", "c2": "d"}] * 9

@@ -13,9 +13,11 @@ import pytest
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import loss, network
 from aunet_jax.aunet.network import AUNet
+from aunet_jax.data import roles
 from aunet_jax.evaluate import __main__ as evaluate_main
-from aunet_jax.evaluate import bits_per_byte
+from aunet_jax.evaluate import bits_per_byte, score
 from aunet_jax.workdir import load
+from tests import toy_generator
 from tests.toy_workdir import TEXTS, write_texts, write_workdir
 
 
@@ -216,3 +218,52 @@ def test_compressors_see_no_more_than_they_are_given(max_bytes):
 def test_no_bytes_have_no_bits():
   with pytest.raises(ValueError, match="at least one byte"):
     loss.bits_per_byte(1.0, 0)
+
+
+RECORDS = [
+  {"messages": [
+    {"role": "user", "content": "How many?"},
+    {"role": "assistant", "content": "Two, ä"},
+    {"role": "user", "content": "And now?"},
+    {"role": "assistant", "content": "Three of them"},
+  ]},
+  {"messages": [
+    {"role": "system", "content": "brief"},
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "so"},
+  ]},
+]  # fmt: skip
+
+
+def test_answers_of_conversations_cost_what_score_says(tmp_path):
+  talker = toy_generator.talker()
+  data = config_lib.DataConfig(train="x.jsonl", format="chat")
+  config = config_lib.Config(model=talker.config, data=data)
+  load.save_params(tmp_path / "run", config, talker.params)
+  lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
+  (tmp_path / "a.jsonl").write_text(lines)
+  rows = []
+  result = bits_per_byte.evaluate_workdir(
+    str(tmp_path / "run"), str(tmp_path / "a.jsonl"), log=lambda _: 0,
+    answers=True, on_document=rows.append,
+  )  # fmt: skip
+  nats, ends, num_bytes = [], [], []
+  for record in RECORDS:
+    turns = [roles.turn_of(m["role"], m["content"]) for m in record["messages"]]
+    pairs = [
+      pair
+      for n, turn in enumerate(turns) if turn.role == "assistant"
+      for prompt in [roles.encode_prompt(turns[:n])]
+      for pair in [(prompt, turn.text), (prompt + turn.text, roles.END_TEXT)]
+    ]  # fmt: skip
+    scores = score.score(talker.config, talker.params, talker.splitter, pairs)
+    nats.append(-sum(one.nats for one in scores))
+    ends.append(-sum(one.nats for one in scores[1::2]))
+    num_bytes.append(sum(len(text) for _, text in pairs[::2]))
+  assert [row["bytes"] for row in rows] == num_bytes == [7 + 13, 2]
+  assert [row["nats"] for row in rows] == pytest.approx(nats, rel=1e-5)
+  bits = sum(nats) / math.log(2) / sum(num_bytes)
+  assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+  bits -= sum(ends) / math.log(2) / sum(num_bytes)
+  assert result["bits_per_byte_without_eos"] == pytest.approx(bits, rel=1e-5)
+  assert result["answers"] and result["compressors_bits_per_byte"] == {}
