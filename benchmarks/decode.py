@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aunet_jax.aunet import network, sharding
-from aunet_jax.aunet.network import AUNet, init_params
+from aunet_jax.aunet.network import AUNet, abstract_params
 from aunet_jax.config import ModelConfig, StageConfig
 from aunet_jax.data.rows import make_rows
 from aunet_jax.generate import decode, prefill, sampling
@@ -74,7 +74,7 @@ MODELS = {
 
 
 def num_params(config: ModelConfig) -> int:
-  shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  shapes = abstract_params(config)
   return sum(x.size for x in jax.tree.leaves(sharding.unbox(shapes)))
 
 
@@ -102,7 +102,7 @@ def random_params(config: ModelConfig) -> dict:
   """At the initialisers' scale; one block again and again, for speed."""
   rng = np.random.default_rng(0)
   block = rng.standard_normal(1_000_003, np.float32) * 0.03  # a prime
-  boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  boxed = abstract_params(config)
   dtype = jnp.dtype(config.param_dtype)
 
   def draw(path, x):

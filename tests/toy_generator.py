@@ -24,7 +24,7 @@ def make_config(window=16):
 def make_params(config):
   """Drawn by NumPy, wide enough that greedy text varies."""
   rng = np.random.default_rng(1)
-  boxed = jax.eval_shape(lambda: network.init_params(config, jax.random.key(0)))
+  boxed = network.abstract_params(config)
 
   def draw(path, x):
     values = 0.3 * rng.normal(size=x.shape).astype(np.float32)

@@ -17,6 +17,7 @@ width of a stage, E width of the next, V vocabulary, O offset matrices, P
 number of levels.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -187,6 +188,12 @@ def init_params(config: ModelConfig, key: jax.Array):
   config = config.with_attention("xla")
   tokens_BL = jnp.zeros((1, 4), jnp.int32)
   return AUNet(config).init(key, tokens_BL, tokens_BL)["params"]
+
+
+@functools.cache  # the network is traced for it
+def abstract_params(config: ModelConfig):
+  """Shapes and logical dims of the parameters; do not change the tree."""
+  return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 # ----- one position ---------------------------------------------------------

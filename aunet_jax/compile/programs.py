@@ -158,8 +158,7 @@ def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
   """A call of the decoding loop, with `num_bytes` of history in its caches."""
   model = config.model
   splitter = Splitter(model.rules, config.has_roles)
-  key = jax.random.key(0)
-  boxed = jax.eval_shape(lambda: network.init_params(model, key))
+  boxed = network.abstract_params(model)
   params = sharding.placed(
     sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh)
   )

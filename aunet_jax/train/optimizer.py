@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from aunet_jax.aunet.network import init_params, stage_of
+from aunet_jax.aunet.network import abstract_params, stage_of
 from aunet_jax.config import Config, ModelConfig, OptimizerConfig
 
 
@@ -73,9 +73,10 @@ def matrices(model: ModelConfig) -> dict:
     cut = 1 if names[0] == "embed" else -1
     return contrib.MuonDimensionNumbers(tuple(dims[:cut]), tuple(dims[cut:]))
 
-  boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   return jax.tree.map(
-    dimensions, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    dimensions,
+    abstract_params(model),
+    is_leaf=lambda x: isinstance(x, nn.Partitioned),
   )
 
 
@@ -109,9 +110,10 @@ def factors(config: Config) -> dict:
     decay = 0.0 if kind in settings.undecayed else decays[stage]
     return Factors(rates[stage] * of_kind.get(kind, 1.0), decay)
 
-  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   return jax.tree_util.tree_map_with_path(
-    of, shapes, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    of,
+    abstract_params(model),
+    is_leaf=lambda x: isinstance(x, nn.Partitioned),
   )
 
 

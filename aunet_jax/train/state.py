@@ -10,7 +10,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from aunet_jax.aunet import sharding
-from aunet_jax.aunet.network import init_params
+from aunet_jax.aunet.network import abstract_params, init_params
 from aunet_jax.config import ModelConfig
 from aunet_jax.train.optimizer import Averaged
 
@@ -48,8 +48,7 @@ class TrainState(struct.PyTreeNode):
     return cls(opt_state=opt_state, **counters)
 
 
-def _init(config, optimizer, seed):
-  params = init_params(config, jax.random.key(seed))
+def _begin(params, optimizer):
   zero = jnp.zeros((), jnp.int32)
   return TrainState(zero, params, optimizer.init(params), zero, zero)
 
@@ -58,7 +57,9 @@ def abstract_state(
   config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
   """Shapes and shardings of a TrainState; nothing is allocated."""
-  boxed = jax.eval_shape(lambda: _init(config, optimizer, 0))
+  boxed = jax.eval_shape(
+    lambda params: _begin(params, optimizer), abstract_params(config)
+  )
   return sharding.unbox(boxed), sharding.tree_shardings(boxed, mesh)
 
 
@@ -72,7 +73,8 @@ def create_state(
   _, shardings = abstract_state(config, optimizer, mesh)
 
   def init():
-    return sharding.unbox(_init(config, optimizer, seed))
+    params = init_params(config, jax.random.key(seed))
+    return sharding.unbox(_begin(params, optimizer))
 
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
     return jax.jit(init, out_shardings=shardings)()

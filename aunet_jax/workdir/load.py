@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from aunet_jax.aunet import devices, sharding
-from aunet_jax.aunet.network import AUNet, init_params
+from aunet_jax.aunet.network import AUNet, abstract_params
 from aunet_jax.config import Config
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
@@ -90,7 +90,7 @@ def load(
       f"{workdir} has no checkpoint yet; train first, or wait for the first "
       f"save (every {config.checkpoint.every_steps} steps)."
     )
-  boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+  boxed = abstract_params(config.model)
   if mesh is None:
     mesh = jax.sharding.Mesh(
       np.asarray(devices.present()[:1]).reshape(1, 1, 1), sharding.AXES

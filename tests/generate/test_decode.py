@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from aunet_jax.aunet import network, sharding
-from aunet_jax.aunet.network import AUNet, init_params
+from aunet_jax.aunet.network import AUNet, abstract_params
 from aunet_jax.config import MeshConfig, ModelConfig, StageConfig
 from aunet_jax.data.rows import make_rows
 from aunet_jax.generate import decode, generator, prefill, sampling
@@ -82,7 +82,7 @@ def random_params(config):
       return 1 + 0.2 * rng.normal(size=x.shape).astype(np.float32)
     return 0.2 * rng.normal(size=x.shape).astype(np.float32)
 
-  boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  boxed = abstract_params(config)
   shapes = sharding.unbox(boxed)
   return jax.tree_util.tree_map_with_path(draw, shapes)
 

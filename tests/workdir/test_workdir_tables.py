@@ -13,7 +13,7 @@ import pytest
 import aunet_jax
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import sharding
-from aunet_jax.aunet.network import init_params
+from aunet_jax.aunet.network import abstract_params
 from aunet_jax.evaluate import __main__ as evaluate_main
 from aunet_jax.generate import __main__ as generate_main
 from aunet_jax.splitting import Splitter
@@ -120,7 +120,7 @@ def test_a_workdir_keeps_the_tables_of_its_rules(here, capsys):
   shutil.copy(ENTROPY, here / "entropy.npz")
   rules = ("entropy@entropy.npz", "tokens@tokens.json")
   config = make_config(*rules)
-  shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+  shapes = abstract_params(config.model)
   zeros = jax.tree.map(
     lambda x: np.zeros(x.shape, x.dtype), sharding.unbox(shapes)
   )
