@@ -34,9 +34,11 @@ def read_source(
     separator: between the documents of a text file: "line", "blank_line" or
       any string; None = a file is a document.
     turns: a conversations.Reader, which then reads the records.
-  Raises: ValueError where a library that the kind needs is not installed;
-    ReadError where a remote file stops being readable.
+  Raises: ValueError where a library that the kind needs is not installed, or
+    the separator is empty; ReadError where a remote file stops being readable.
   """
+  if separator == "":
+    raise ValueError('separator "" cannot separate; give a string.')
   if source.kind == "hf":
     yield from tables.read_hf(source.path, field, turns)
     return

@@ -12,6 +12,7 @@ from aunet_jax.data import sources
     (["--workdir=no_such_run", "--data=python"], "no_such_run"),
     (["--workdir=x", "--data=no_such_file"], "matches no file"),
     (["--workdir=x", "--data=python", "--bytes_per_segment=1"], "above 1"),
+    (["--workdir=x", "--data=python", "--separator="], "cannot separate"),
   ],
 )
 def test_what_cannot_be_done_is_said(tmp_path, args, message, capsys):

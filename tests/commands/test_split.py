@@ -163,6 +163,7 @@ def test_standard_input(args, capsys, monkeypatch):
   [
     (["--rule=wrod@1", "--text=a"], "Did you mean 'word'"),
     (["no_such_file"], "matches no file"),
+    (["python", "--stats", "--separator="], "cannot separate"),
     (["--html=/no/such/directory/a.html", "--text=a"], "No such file"),
   ],
 )

@@ -12,6 +12,7 @@ from aunet_jax import tokenizer
     (["--vocab_size=100000"], "fewer than --vocab_size"),
     (["--max_bytes=0"], "--max_bytes=0"),
     (["--data=/no/such"], "/no/such"),
+    (["--separator="], "cannot separate"),
   ],
 )
 def test_a_tokenizer_that_cannot_be_made_says_why(

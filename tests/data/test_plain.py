@@ -88,6 +88,9 @@ def test_an_empty_separator_is_refused():
 
   with pytest.raises(ValueError, match="cannot separate"):
     config.DataConfig(separator="")
+  (source,), _ = sources.list_sources(__file__)
+  with pytest.raises(ValueError, match="cannot separate"):
+    next(sources.read_source(source, "text", ""))  # it is found for ever
 
 
 # ----- tables ---------------------------------------------------------------
