@@ -55,6 +55,7 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 # Positions and widths are int32 on devices.
 LARGEST_DIM = 2**30
+LARGEST_WORKERS = 1024  # processes of one training process that read rows
 
 
 def _check_positive(name: str, value: int | float) -> None:
@@ -328,7 +329,7 @@ class DataConfig:
           f"data.format={self.format!r} needs data.train: the path of JSON "
           f"lines."
         )
-    _check_range("data.num_workers", self.num_workers, 0)
+    _check_range("data.num_workers", self.num_workers, 0, LARGEST_WORKERS)
     _check_range("data.max_skip_fraction", self.max_skip_fraction, 0, 1)
 
 

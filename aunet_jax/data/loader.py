@@ -40,6 +40,18 @@ class _Rows:
     return {name: np.zeros_like(array) for name, array in row.items()}
 
 
+def check_memory(num_rows: int, length: int) -> None:
+  """Raises: ValueError where a batch takes more than half of this machine."""
+  size = num_rows * length * 4 * len(packing.field_names())
+  there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if size > there / 2:
+    raise ValueError(
+      f"{num_rows:,} rows of {length:,} positions take {size / 1e9:,.1f} GB a "
+      f"batch, and this machine has {there / 1e9:,.1f} GB of memory; use a "
+      f"smaller batch size or capacity of stage 1."
+    )
+
+
 def _check_share(batch_size: int, index: int, count: int) -> None:
   if batch_size < 1 or batch_size % count:
     raise ValueError(
@@ -122,9 +134,11 @@ def make_loader(
       processes that hold the same rows read the same part.
     num_workers: processes that read rows; 0 = threads of this one. A script
       that asks for some must guard its entry with `__name__ == "__main__"`.
-  Raises: ValueError where share_count does not divide batch_size.
+  Raises: ValueError where share_count does not divide batch_size, or a batch
+    does not fit this machine.
   """
   _check_share(batch_size, share_index, share_count)
+  check_memory(batch_size // share_count, corpus.capacities[0])
   workers = None
   if num_workers:
     if not flags.FLAGS.is_parsed():
@@ -164,6 +178,7 @@ def evaluation_batches(
     corpus; None = all of it.
   """
   _check_share(batch_size, share_index, share_count)
+  check_memory(batch_size // share_count, corpus.capacities[0])
   num_rows = corpus.num_rows
   if max_bytes is not None:
     share = min(1.0, max_bytes / corpus.num_bytes)

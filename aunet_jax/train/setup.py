@@ -1,6 +1,7 @@
 """Everything before the first step: config, data, checkpoint, log."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,11 +10,11 @@ import jax
 import optax
 
 from aunet_jax import files
-from aunet_jax.aunet import attention, sharding
+from aunet_jax.aunet import attention, counts, devices, sharding
 from aunet_jax.config import Config
 from aunet_jax.data import building
 from aunet_jax.data.corpora import Corpus, open_corpora
-from aunet_jax.data.loader import Loader, make_loader
+from aunet_jax.data.loader import Loader, check_memory, make_loader
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import branch, changes, metrics, optimizer, state
@@ -42,6 +43,30 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
       f"do not divide over {shards} devices (mesh data="
       f"{mesh.shape['data']}, fsdp={mesh.shape['fsdp']}); use a batch_size "
       f"that is a multiple of {shards * config.train.grad_accumulation}."
+    )
+
+
+def check_size(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises: ValueError where a batch or the state can fit no such machine.
+
+  Said before any data are read; what else a step takes, its compiler knows.
+  """
+  _, share_count = sharding.batch_share(mesh)
+  rows, length = config.train.batch_size, config.model.capacities[0]
+  check_memory(rows // share_count, length)
+  host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  device = mesh.devices.flat[0]
+  if device.platform == "cpu":
+    there = host * jax.process_count()
+  else:
+    there = (devices.memory_limit(device) or host) * mesh.size
+  number = counts.num_parameters(config.model)
+  size = 3 * 4 * number
+  if size > there:
+    raise ValueError(
+      f"a model of {number:,} parameters takes {size / 1e9:,.1f} GB with its "
+      f"optimizer state, and these devices have {there / 1e9:,.1f} GB; use a "
+      f"smaller model or more devices."
     )
 
 
@@ -193,6 +218,7 @@ def set_up(
   with together.all_or_none():
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
+    check_size(config, mesh)
     say(attention.describe(config.model.stages, sharding.platform(mesh)))
     tx = optimizer.make_optimizer(config)
     splitter = Splitter(config.model.rules, config.has_roles)

@@ -318,6 +318,8 @@ def test_two_runs_do_not_share_a_workdir(finished, capsys):
     (["--config.seed=x"], "invalid literal for int"),
     (["--config.model.stages[0].dim=33"], "multiple of head_dim=16"),
     (["--config.train.batch_size=12"], "multiple of 8"),
+    (["--config.model.stages[0].capacity=1000000000"], "1,000,000,000 positio"),
+    (["--config.data.num_workers=1000000"], "must be 0 to 1024"),
     (["--config.mesh.data=3"], "needs 3 devices but there are 8"),
     (["--config.data.train=/no/such/place"], "/no/such/place"),
     (["--config.optimizer.schedule=cosin"], "cosine"),

@@ -208,6 +208,18 @@ def test_processes_must_share_a_batch_evenly(tmp_path):
     make_loader(corpus, seed=0, batch_size=8, share_index=2, share_count=2)
 
 
+def test_a_batch_that_fits_no_machine_is_refused_before_a_row_is_read(tmp_path):
+  corpus, _ = open_texts(tmp_path, different(5))
+  for make in (
+    lambda **size: make_loader(corpus, seed=0, **size),
+    lambda **size: next(evaluation_batches(corpus, **size)),
+  ):
+    with pytest.raises(ValueError, match="10,000,000,000 rows of 24 positions"):
+      make(batch_size=10**10)
+    with pytest.raises(ValueError, match="5,000,000,000 rows"):
+      make(batch_size=10**10, share_count=2)
+
+
 # ----- mixtures and held-out text -------------------------------------------
 
 

@@ -58,3 +58,26 @@ def test_who_builds_an_index_that_is_missing(setting, num_processes, most):
   if most < math.inf:
     assert f"{num_processes} processes would wait" in how.refusal
     assert f"prepare --index={Path.cwd()}/cache" in how.refusal
+
+
+@pytest.mark.parametrize(
+  ("flags", "says"),
+  [
+    (["model.stages[0].capacity=1000000000"], "1,000,000,000 positions take"),
+    (["train.batch_size=1000000000"], "1,000,000,000 rows of 128 positions"),
+    (["model.stages[1].num_layers=1000000000"], "a model of .* parameters"),
+    (
+      ["model.stages[0].dim=1000000000", "model.stages[0].head_dim=1000000000"],
+      "a model of .* parameters takes .* GB with its optimizer state",
+    ),
+    (["train.batch_size=16"], None),
+  ],
+)
+def test_what_fits_no_machine_is_said_at_once(flags, says):
+  config = config_lib.parse_flags([TINY, *(f"--config.{f}" for f in flags)])
+  mesh = sharding.make_mesh(config.mesh)
+  if says is None:
+    setup.check_size(config, mesh)
+  else:
+    with pytest.raises(ValueError, match=says):
+      setup.check_size(config, mesh)
