@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pyarrow as pa
+import pyarrow.compute  # a cast loads it, and a user without rights may not
 import pyarrow.ipc
 import pyarrow.parquet
 
