@@ -131,6 +131,10 @@ def test_epochs_are_shuffled_by_seed_and_differ(tmp_path):
   assert first != second
   assert order(1) == (first, second)
   assert order(2)[0] != first
+  assert order(65)[0] != first  # all bits of a seed count
+  whole = make_loader(corpus, seed=1, batch_size=4)  # one process reads all
+  assert [next(whole)["bytes"].tobytes() for _ in first] == first
+  whole.close()
 
 
 def test_resuming_gives_the_same_batches_in_the_same_order(tmp_path):
@@ -256,6 +260,19 @@ def test_a_mixture_passes_over_each_source_exactly(tmp_path):
   assert seen == collections.Counter({row: 3 * n for row, n in own.items()})
 
 
+def test_a_mixture_is_shuffled_by_its_seed(tmp_path):
+  small = write(tmp_path / "small.jsonl", different(9, seed=1))
+  large = write(tmp_path / "large.jsonl", different(30, seed=2))
+  items = [{"path": small, "weight": 1}, {"path": large, "weight": 2}]
+  corpus, _ = open_corpora(tmp_path, items)
+  orders = set()
+  for seed in (1, 2, 65, 2**32 - 1):
+    (loader,) = _loaders(corpus, 1, seed=seed)
+    orders.add(tuple(next(loader)["bytes"].tobytes() for _ in range(5)))
+    loader.close()
+  assert len(orders) == 4
+
+
 def test_a_mixture_resumes_at_other_processes(tmp_path):
   small = write(tmp_path / "small.jsonl", different(9, seed=1))
   large = write(tmp_path / "large.jsonl", different(30, seed=2))
@@ -294,6 +311,13 @@ def test_evaluation_batches_are_every_row_once(tmp_path):
   rows = sum(map(_rows, some), collections.Counter())
   assert rows <= _all_rows(corpus)
   assert abs(rows.total() - corpus.num_rows / 3) <= 1
+  for max_bytes, expected in (
+    (1, 1),
+    (10 * corpus.num_bytes, corpus.num_rows),
+  ):
+    some = evaluation_batches(corpus, batch_size=4, max_bytes=max_bytes)
+    rows = sum(map(_rows, some), collections.Counter())
+    assert rows <= _all_rows(corpus) and rows.total() == expected
 
 
 def test_memory_stays_flat(tmp_path):

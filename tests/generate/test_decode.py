@@ -46,9 +46,9 @@ make_splitter = functools.cache(Splitter)  # one `step` to compile for
 
 def make_model(num_stages, rules=("word@1", "word@2", "word@4"), **changes):
   """A model whose norms and tables are not at their initial values."""
-  stage_changes = {
-    key: changes.pop(key) for key in ("skip", "num_kv_heads") if key in changes
-  }
+  kv_heads, skips = changes.pop("num_kv_heads", None), changes.pop("skip", True)
+  if isinstance(skips, bool):
+    skips = [skips] * num_stages
   widths, windows = [32, 32, 64, 64], [7, 5, 4, 3]
   config = ModelConfig(
     stages=tuple(
@@ -60,7 +60,8 @@ def make_model(num_stages, rules=("word@1", "word@2", "word@4"), **changes):
         capacity=64,
         ffn_dim=48,
         rule=None if i == 0 else rules[i - 1],
-        **stage_changes,
+        num_kv_heads=kv_heads,
+        skip=skips[i],
       )
       for i in range(num_stages)
     ),
@@ -214,7 +215,7 @@ def check(config, params, prompts, forced_BT, schedule, capacities=None):
 
 CASES = [
   (2, dict(upsampling="simple"), "any"),
-  (3, dict(upsampling="repeat", skip=False), "pack"),
+  (3, dict(upsampling="repeat", skip=(False, True, True)), "pack"),
   (4, dict(num_kv_heads=2), "half"),
 ]
 SLOW_CASES = [

@@ -89,6 +89,7 @@ def test_a_term_the_data_do_not_have_gets_no_weight():
   "x, loss, message",
   [
     ([[1.0, 2.0]], [3.0, 2.0], "2 points cannot fix 3 parameters"),
+    ([[1.0, 2.0]] * 2, [3.0, 2.0], "2 points cannot fix 5 parameters"),
     ([[1.0, 2.0, 0.0]], [3.0, 2.0, 1.0], "above 0"),
     ([[1.0, 2.0, 3.0]], [3.0, 2.0, np.nan], "above 0"),
     ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], "give"),
@@ -244,6 +245,21 @@ def test_parameters_have_the_interval_of_their_kind():
   assert spans["A"] == approx(fit.interval(3, values["A"], 2, logs=True))
   assert spans["alpha"] == approx(fit.interval(0.3, values["alpha"], 2))
   assert spans["E"] == approx((0.0, fit.interval(0.5, values["E"], 2)[1]))
+
+
+def test_a_band_is_of_what_the_refits_predict_in_logs():
+  laws = [fit.Law(0, (a,), (0.2,)) for a in (1.0, 3.0, 9.0)]
+  refits = fit.Replicates(laws, np.array([0.1, -0.1, 0.2]), 2, "residuals")
+  x_KN = np.array([[10.0, 1000.0]])
+  for new_point in (False, True):
+    found = fit.band(laws[1], refits, x_KN, new_point)
+    for n in range(2):
+      values = np.array([fit.predict(law, x_KN)[n] for law in laws])
+      if new_point:
+        values = values * np.exp(refits.noise_R)
+      middle = fit.predict(laws[1], x_KN)[n]
+      expected = fit.interval(middle, values, 2, logs=True)
+      np.testing.assert_allclose(found[:, n], expected)
 
 
 # ----- what an analysis warns of --------------------------------------------

@@ -76,6 +76,7 @@ def test_punct_groups_digits_from_the_left(text):
   text=st.text(" \na中ก\u0301.1", max_size=40)
   | st.text("aก\u0301", min_size=10, max_size=80)
 )
+@hypothesis.example(text="a" + "\u0301" * 40)
 def test_anyscript_cuts_long_words_and_keeps_marks(num_words, text):
   letter_of = {
     unicode_table.LETTER: "l",
@@ -307,3 +308,4 @@ def test_the_documentation_names_every_rule():
 
 def test_a_word_rule_without_a_number_is_of_every_word():
   assert Splitter(["word"]).hash == Splitter(["word@1"]).hash
+  assert Splitter(["anyscript"]).hash == Splitter(["anyscript@1"]).hash

@@ -17,6 +17,11 @@ def folder(tmp_path):
   return step
 
 
+def test_it_holds_sizes_and_checksums_that_other_tools_know(folder):
+  files = json.loads((folder / manifest.FILE).read_text())["files"]
+  assert files == {"params/a": [10, zlib.crc32(b"0123456789")]}
+
+
 def test_a_file_that_grew_is_seen_as_too_long(folder):
   with (folder / "params" / "a").open("ab") as file:
     file.write(b"\0\0\0")
