@@ -4,6 +4,7 @@ Letters: B batch, L positions, S slots, D and E widths, O offset matrices.
 """
 
 import contextlib
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from aunet_jax.aunet import sharding, transition
 from aunet_jax.config import MeshConfig
+from tests.tiny_runs import tiny
 
 
 def test_non_parametric_maps_are_those_of_a_loop():
@@ -43,6 +45,14 @@ def test_equal_widths_pool_to_themselves():
   np.testing.assert_array_equal(
     transition.non_parametric_upsample(x_BSD, 8), x_BSD
   )
+
+
+def test_maps_without_parameters_cost_nothing():
+  model = tiny().model
+  without = dataclasses.replace(model, parametric=False)
+  for kind in (transition.Simple, transition.Repeat):
+    assert kind.flops(model, 6, 8, 100, 10) == 2 * 6 * 8 * 10
+    assert kind.flops(without, 6, 8, 100, 10) == 0
 
 
 # ----- multi-linear upsampling ----------------------------------------------
