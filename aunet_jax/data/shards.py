@@ -79,6 +79,9 @@ class _Split:
     total = int(sizes.sum())
     count = -(-total // shard_bytes)
     shard_of = (np.cumsum(sizes[order]) - 1) * count // total
+    # One document may be larger than several shards, which would stay empty.
+    full, shard_of = np.unique(shard_of, return_inverse=True)
+    count = len(full)
     directory.mkdir()
     shards = []
     for shard in range(count):

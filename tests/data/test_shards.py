@@ -86,6 +86,21 @@ def test_the_shuffle_follows_the_seed(tmp_path):
   assert orders[0] != orders[2]
 
 
+def test_no_shard_is_empty_where_documents_are_larger(tmp_path):
+  texts = ["x" * 9000, "y", "z" * 50]
+  path = _write(tmp_path, texts)
+  flags = ["--heldout_fraction=0", "--shard_bytes=1000", "--row_bytes=1024"]
+  assert _run(f"--input={path}", f"--output={tmp_path}/out", *flags) == 0
+  index = json.loads((tmp_path / "out" / "index.json").read_text())
+  shards = index["splits"]["train"]["shards"]
+  names = sorted(p.name for p in (tmp_path / "out" / "train").iterdir())
+  assert names == sorted(s["file"].removeprefix("train/") for s in shards)
+  assert all(shard["documents"] for shard in shards)
+  assert sorted(_records(tmp_path / "out" / "train")) == sorted(
+    text.encode() for text in texts
+  )
+
+
 @pytest.mark.slow  # it writes 9 GB
 def test_a_document_beyond_what_one_read_gives(tmp_path):
   line = (
