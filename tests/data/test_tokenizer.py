@@ -18,7 +18,7 @@ from aunet_jax import config as config_lib
 from aunet_jax import terminal, tokenizer
 from aunet_jax.aunet import loss, sharding
 from aunet_jax.convert import __main__ as convert_main
-from aunet_jax.data import corpora, loader, packing
+from aunet_jax.data import corpora, loader, packing, store
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.evaluate import bits_per_byte
 from aunet_jax.generate import __main__ as generate_main
@@ -179,6 +179,20 @@ def test_another_tokenizer_is_another_index(texts, file, tmp_path):
   assert len(list((tmp_path / "cache").glob("*.lock"))) == 2
   again = open_texts(texts, file, tmp_path / "cache")
   assert again.fingerprint == first.fingerprint
+
+
+def test_an_index_of_tokens_of_the_format_before_is_read(texts, file, tmp_path):
+  corpus = open_texts(texts, file, tmp_path)
+  (directory,) = tmp_path.glob("*/train")
+  summary = store.read_json(directory / "summary.json") | {"format": 2}
+  del summary["files"]
+  for name in ("checksums.bin", "digests.bin"):
+    (directory / name).unlink()
+  (directory / "summary.json").write_text(json.dumps(summary))
+  old = store.Store(directory, Splitter([]))
+  for index in range(corpus.num_rows):
+    for name, array in corpus.narrow_row(index).items():
+      np.testing.assert_array_equal(old.row(index)[name], array)
 
 
 def test_a_torn_token_file_is_refused(texts, file, tmp_path):
