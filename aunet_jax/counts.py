@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a model, from its config alone.
+"""Parameters, FLOPs and memory of a run, from its config alone.
 
     python -m aunet_jax.counts --config=configs/aunet2_1b.py
     python -m aunet_jax.counts --config=configs/aunet2_1b.py --json
@@ -29,6 +29,7 @@ from aunet_jax import config as config_lib
 from aunet_jax import terminal
 from aunet_jax.aunet.counts import report
 from aunet_jax.config import ModelConfig
+from aunet_jax.train.optimizer import state_bytes
 
 
 def _short(value: float) -> str:
@@ -154,8 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     "to be as full as the scarcest stage allows",
   )
   args, rest = parser.parse_known_args(argv)
-  model = config_lib.parse_flags(rest).model
-  result = report(model, _positions(args, model))
+  config = config_lib.parse_flags(rest)
+  positions = _positions(args, config.model)
+  result = report(config.model, positions, state_bytes(config))
   print(json.dumps(result) if args.json else table(result))
 
 

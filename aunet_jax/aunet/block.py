@@ -112,10 +112,12 @@ class Block(nn.Module):
   @staticmethod
   def num_parameters(stage: StageConfig) -> dict[str, int]:
     mixer = mixer_of(stage)
+    small = mixer.num_small(stage)
     return {
       mixer.NAME: mixer.num_weights(stage),
       "ffn": SwiGLU.num_weights(stage),
-      "norms": 2 * stage.dim + mixer.num_small(stage),
+      **small,
+      "norms": 2 * stage.dim + small["norms"],
     }
 
   @staticmethod

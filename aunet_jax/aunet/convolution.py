@@ -113,8 +113,8 @@ class ConvolvedAttention(SelfAttention):
   # ----- counts of one block ------------------------------------------------
 
   @staticmethod
-  def num_small(stage: StageConfig) -> int:
-    return SelfAttention.num_small(stage) + stage.conv * stage.dim
+  def num_small(stage: StageConfig) -> dict[str, int]:
+    return SelfAttention.num_small(stage) | {"taps": stage.conv * stage.dim}
 
   @staticmethod
   def cache_bytes(stage: StageConfig, itemsize: int) -> int:

@@ -268,7 +268,7 @@ def collective_bytes(
     )
     copied = sum(
       kinds.get(kind, 0)
-      for kind in ("norms", "embedding", "head", "level head")
+      for kind in ("norms", "taps", "embedding", "head", "level head")
     )
     whole += copied
     layered += sum(kinds.values()) - copied
@@ -295,11 +295,15 @@ def collective_bytes(
 
 
 def report(
-  model: ModelConfig, positions_per_stage: Sequence[float] | None = None
+  model: ModelConfig,
+  positions_per_stage: Sequence[float] | None = None,
+  optimizer_bytes: int | None = None,
 ) -> dict:
   """Everything above as one JSON-able dict; the CLI prints it.
 
-  positions_per_stage: real positions of an average row; None = every slot.
+  Args:
+    positions_per_stage: real positions of an average row; None = every slot.
+    optimizer_bytes: of the optimizer's state; None = of AdamW's two moments.
   """
   if positions_per_stage is None:
     positions_per_stage = model.capacities
@@ -311,6 +315,8 @@ def report(
   row_bytes = positions_per_stage[0]
   total_parameters = num_parameters(model)
   weights = total_parameters * _itemsize(model.param_dtype)
+  if optimizer_bytes is None:
+    optimizer_bytes = 2 * weights
   return {
     "parameters": total_parameters,
     "bytes_per_row": row_bytes,
@@ -324,7 +330,7 @@ def report(
     "memory_bytes": {
       "parameters": weights,
       "gradients": weights,
-      "optimizer": 2 * weights,  # AdamW's two moments
+      "optimizer": optimizer_bytes,
       "activations_per_row": sum(activations),
       "kv_cache_per_row": sum(cache),
     },

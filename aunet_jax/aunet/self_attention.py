@@ -294,9 +294,9 @@ class SelfAttention(nn.Module):
     return stage.dim * stage.head_dim * 2 * (stage.num_heads + stage.kv_heads)
 
   @staticmethod
-  def num_small(stage: StageConfig) -> int:
-    """Parameters beside the matrices."""
-    return 2 * stage.head_dim * stage.qk_norm
+  def num_small(stage: StageConfig) -> dict[str, int]:
+    """Parameters beside the matrices, by kind."""
+    return {"norms": 2 * stage.head_dim * stage.qk_norm}
 
   @staticmethod
   def flops(stage: StageConfig, positions: float, platform: str | None = None):

@@ -198,6 +198,19 @@ def averaged(
   return optax.GradientTransformation(init, update)
 
 
+def state_bytes(config: Config) -> int:
+  """Of the state that `make_optimizer` keeps, over all devices.
+
+  AdamW has two moments of every parameter; Muon one of a matrix; what is frozen
+  has none; a running mean is one float32 of each.
+  """
+  tx = make_optimizer(config)
+  state = jax.eval_shape(
+    lambda: tx.init(init_params(config.model, jax.random.key(0)))
+  )
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformation:
   """Global-norm clipping, then the optimizer that the config names.
 

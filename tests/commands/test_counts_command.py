@@ -28,6 +28,23 @@ def test_json_and_table_say_the_same(capsys, monkeypatch):
   assert all(len(line) <= 80 for line in text.splitlines())
 
 
+def test_the_memory_of_the_optimizer_is_that_of_the_run(capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+  def counted(*settings):
+    assert main(["--config=tests/tiny.py", "--json", *settings]) == 0
+    return json.loads(capsys.readouterr().out)
+
+  adamw = counted()["memory_bytes"]
+  muon = counted("--config.optimizer.name=muon")["memory_bytes"]
+  assert adamw["optimizer"] == pytest.approx(2 * adamw["parameters"], rel=1e-3)
+  assert adamw["parameters"] < muon["optimizer"] < 0.7 * adamw["optimizer"]
+  conv = counted("--config.model.stages[0].conv=4")["stages"][0]["parameters"]
+  plain = counted()["stages"][0]["parameters"]
+  assert conv["taps"] == 2 * 4 * 32  # a block on each path
+  assert conv["norms"] == plain["norms"] and "taps" not in plain
+
+
 @pytest.mark.parametrize(
   "arguments",
   [

@@ -105,6 +105,33 @@ def test_muon_turns_every_matrix_of_a_stack_by_itself():
   assert 0.1 < rms < 0.3
 
 
+@pytest.mark.parametrize(
+  "settings",
+  [
+    [],
+    ["optimizer.name=muon"],
+    ["optimizer.name=muon", "optimizer.stage_lr=0,1", "optimizer.average=0.9"],
+  ],
+  ids=["adamw", "muon", "frozen, averaged"],
+)
+def test_its_memory_is_that_of_its_arrays(settings):
+  config = tiny(*(f"--config.{s}" for s in settings))
+  init = jax.jit(network.init_params, static_argnums=0)
+  params = sharding.unbox(init(config.model, jax.random.key(0)))
+  held = optimizer.make_optimizer(config).init(params)
+  size = sum(x.nbytes for x in jax.tree.leaves(held))
+  assert optimizer.state_bytes(config) == size
+  # By hand: one moment of a matrix with Muon, else two, and the counters.
+  leaves, dims = flat(params), flat(optimizer.matrices(config.model))
+  expected = 0
+  for name, x in leaves.items():
+    frozen = bool(config.optimizer.stage_lr) and in_stage_1(name)
+    one = config.optimizer.name == "muon" and dims[name] is not None
+    moments = 0 if frozen else 1 if one else 2
+    expected += x.nbytes * (moments + (config.optimizer.average is not None))
+  assert 0 <= size - expected <= 64
+
+
 def test_another_optimizer_is_named(capsys, tmp_path):
   workdir = f"--workdir={tmp_path / 'run'}"
   assert train_main.main([TINY, workdir, "--config.optimizer.name=moun"]) == 2
