@@ -92,6 +92,11 @@ def one_device(tmp_path_factory, corpus) -> list[float]:
 def test_two_processes_train_as_one(tmp_path, corpus, one_device):
   finish(*two_processes(tmp_path, corpus, "--config.mesh.fsdp=2"))
   np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
+  for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+    row = json.loads(line)
+    if "loss_nats" in row:  # of the one that waited longest, and which it is
+      assert 0 <= row["data_wait_share"] <= 1
+      assert row["data_wait_process"] in (0, 1)
 
 
 def test_processes_that_share_a_batch_shard_read_the_same_rows(
