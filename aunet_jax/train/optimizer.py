@@ -205,9 +205,7 @@ def state_bytes(config: Config) -> int:
   has none; a running mean is one float32 of each.
   """
   tx = make_optimizer(config)
-  state = jax.eval_shape(
-    lambda: tx.init(init_params(config.model, jax.random.key(0)))
-  )
+  state = jax.eval_shape(tx.init, abstract_params(config.model))
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
