@@ -28,10 +28,31 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _step_kept_between_runs():
+  """Runs in this process that differ in no setting trace their step once."""
+  from aunet_jax.train import loop
+
+  compile_step, kept = loop.compile_step, {}
+
+  def compile_once(config, tx, mesh, shardings, abstract, batch):
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (abstract, batch))
+    key = repr((config.model, config.optimizer, config.train, shapes)), mesh
+    if key not in kept:
+      arguments = (config, tx, mesh, shardings, abstract, batch)
+      kept[key] = compile_step(*arguments)
+    return kept[key]
+
+  loop.compile_step = compile_once
+  yield
+  loop.compile_step = compile_step
 
 
 def pytest_collection_modifyitems(items):
