@@ -122,6 +122,16 @@ def check_paths(paths: list[str], bucket: str, requirements: str) -> None:
         )
 
 
+def check_cache(workdir: str, cache_dir: str | None) -> None:
+  """The packed index is read at random, so it must lie on a disk."""
+  if workdir.startswith("gs://") and "://" in (cache_dir or "://"):
+    raise ValueError(
+      f"WORKDIR={workdir} is a bucket: add "
+      f"--config.data.cache_dir=/tmp/aunet_data, a directory of each host, to "
+      f"FLAGS."
+    )
+
+
 def mesh_flags(
   config, job_devices: int, devices: int, slices: int
 ) -> list[str]:
@@ -197,6 +207,7 @@ def main(argv: list[str]) -> int:
     config = config_lib.parse_flags(settings)
     paths += paths_of(config.data.train) + paths_of(config.data.heldout)
     check_paths(paths, args.bucket, args.requirements)
+    check_cache(values["--workdir"], config.data.cache_dir)
     if args.devices:
       for flag in mesh_flags(
         config, args.job_devices, args.devices, args.slices

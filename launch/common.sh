@@ -116,9 +116,9 @@ load_job() {
   for name in NAME CONFIG WORKDIR "$@"; do
     [[ ${!name:-} ]] || fail "$file: set $name."
   done
-  [[ $WORKDIR != *://* ]] ||
+  [[ $WORKDIR == gs://*/* || $WORKDIR != *://* ]] ||
     fail "$file: WORKDIR=$WORKDIR is a URL, and a run can keep nothing there:" \
-      "name a directory; a bucket can be mounted as one (BUCKET)."
+      "name a directory, or gs://BUCKET/PATH."
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
     fail "$file: NAME=$NAME must be 1 to 40 lower-case letters, digits and" \
       "hyphens, start with a letter and not end with a hyphen."
@@ -152,6 +152,10 @@ load_job() {
   fi
   TRAIN_FLAGS=("--config=$CONFIG" "--workdir=$WORKDIR"
     ${FLAGS[@]+"${FLAGS[@]}"})
+  # What the scripts themselves keep: their lock, SLURM's log.
+  LOCAL_DIR=$WORKDIR
+  [[ $WORKDIR != gs://* ]] ||
+    LOCAL_DIR=${XDG_STATE_HOME:-$HOME/.local/state}/aunet_jax/$NAME
   # Compiled programs are kept where a replaced machine finds them. JAX writes
   # from process 0 only (jax 0.10.2, _src/compiler.py:_cache_write).
   RUN_ENV=("JAX_COMPILATION_CACHE_DIR=$WORKDIR/compiled"
@@ -198,8 +202,19 @@ load_secrets() {
   done <"$file"
 }
 
+# What the package knows of a WORKDIR in a bucket: "step N checkpoint N", or
+# nothing where the bucket does not answer.
+bucket_progress() {
+  JAX_PLATFORMS=cpu timeout 60 "$PYTHON" -m aunet_jax.progress \
+    "--workdir=$WORKDIR" 2>/dev/null | grep '^step ' || true
+}
+
 # The step of the newest logged row, or nothing.
 newest_step() {
+  if [[ $WORKDIR == gs://* ]]; then
+    bucket_progress | sed -n 's/^step \([1-9][0-9]*\) .*/\1/p'
+    return
+  fi
   [[ -f $WORKDIR/metrics.jsonl ]] || return 0
   tail -n 20 -- "$WORKDIR/metrics.jsonl" 2>/dev/null |
     sed -n 's/^{.*"step": *\([0-9]\{1,\}\).*/\1/p' | tail -n 1
@@ -208,6 +223,10 @@ newest_step() {
 # The step of the newest checkpoint, or nothing.
 newest_checkpoint() {
   local path newest=
+  if [[ $WORKDIR == gs://* ]]; then
+    bucket_progress | sed -n 's/.* checkpoint \([1-9][0-9]*\)$/\1/p'
+    return
+  fi
   for path in "$WORKDIR"/checkpoints/*/; do
     path=${path%/} path=${path##*/}
     [[ $path =~ ^[0-9]+$ ]] && ((10#$path >= ${newest:-0})) &&
@@ -328,8 +347,8 @@ until_finished() {
 # script or anything it started, however they end.
 lock_workdir() {
   [[ $DRY_RUN ]] && return
-  mkdir -p -- "$WORKDIR"
-  exec 9>"$WORKDIR/.launch.lock"
+  mkdir -p -- "$LOCAL_DIR"
+  exec 9>"$LOCAL_DIR/.launch.lock"
   if command -v flock >/dev/null && ! flock -n 9; then
     fail "another launcher works in $WORKDIR; stop it, or use another WORKDIR."
   fi

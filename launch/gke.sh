@@ -86,9 +86,9 @@ fi
 kubectl=(kubectl "--context=gke_${PROJECT}_${ZONE}_$CLUSTER"
   "--namespace=$NAMESPACE")
 if [[ ${WORDS[0]} =~ ^(create|render|xpk)$ ]]; then
-  [[ $WORKDIR == /* ]] ||
-    fail "WORKDIR=$WORKDIR would be lost with the pods: name a directory that" \
-      "all pods see, below /mnt/bucket."
+  [[ $WORKDIR == /* || $WORKDIR == gs://* ]] ||
+    fail "WORKDIR=$WORKDIR would be lost with the pods: name gs://BUCKET/PATH, or" \
+      "a directory that all pods see, below /mnt/bucket."
   check_job "$job_devices" "$devices" "$SLICES" \
     "$REPO/launch/requirements-tpu.txt"
   [[ $IMAGE == *@sha256:* ]] ||

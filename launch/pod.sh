@@ -9,7 +9,8 @@
 # cluster does not try again) after MAX_RETRIES failures without a new
 # checkpoint in between. Controllers only count restarts and never reset them,
 # so failures are counted here, as files of WORKDIR/.failures; preemptions are
-# not counted here. Where WORKDIR is a URL nothing is counted.
+# not counted here. Where WORKDIR is gs://… nothing is counted: then
+# MAX_PREEMPTIONS is the limit of both.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
@@ -18,7 +19,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   exit
 fi
 [[ ${4:-} == -- ]] || fail "unexpected arguments; see --help."
-WORKDIR=$1 MAX_RETRIES=$2 HANG_SECONDS=$3
+WORKDIR=$1 MAX_RETRIES=$2 HANG_SECONDS=$3 PYTHON=python3
 shift 4
 FORWARD_AS=TERM # only this script got the pod's
 
@@ -27,6 +28,7 @@ forward_signals "$@" || status=$?
 if [[ $status =~ ^(0|2|75)$ || $STOP_REQUESTED ]]; then
   exit "$status"
 fi
+[[ $WORKDIR == gs://* ]] && exit "$status"
 checkpoint=$(newest_checkpoint)
 pod=${MEGASCALE_SLICE_ID:-0}.${TPU_WORKER_ID:-${JOB_COMPLETION_INDEX:-0}}
 mkdir -p -- "$WORKDIR/.failures" # or the cluster counts it alone

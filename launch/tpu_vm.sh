@@ -388,9 +388,9 @@ fi
 [[ $DRY_RUN || -f $CONFIG ]] || fail "CONFIG=$CONFIG: no such file in $REPO."
 (load_secrets "$SECRETS_FILE") || exit # only to check it before anything costs
 if [[ $COMMAND == create || $COMMAND == run ]]; then
-  [[ $WORKDIR == /* ]] ||
-    fail "WORKDIR=$WORKDIR would be lost with the slice: name a directory that" \
-      "all workers see, below /mnt/bucket (with BUCKET)."
+  [[ $WORKDIR == /* || $WORKDIR == gs://* ]] ||
+    fail "WORKDIR=$WORKDIR would be lost with the slice: name gs://BUCKET/PATH," \
+      "or a directory that all workers see, below /mnt/bucket (with BUCKET)."
   check_job "$job_devices" "$((CHIPS * SLICES))" "$SLICES" \
     "$REPO/launch/requirements-tpu.txt"
 fi

@@ -19,7 +19,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-home=$HOME/aunet
+home=$HOME/aunet PYTHON=$HOME/aunet/venv/bin/python
 run=$home/run
 mkdir -p "$run"
 
@@ -134,7 +134,10 @@ poll() {
   fi
   local WORKDIR step checkpoint
   WORKDIR=$(cat "$run/workdir" 2>/dev/null || echo /nowhere)
-  if [[ $WORKDIR == /mnt/* ]]; then # a bucket may never answer
+  if [[ $WORKDIR == gs://* ]]; then
+    step=$(bucket_progress) # both at once
+    read -r _ step _ checkpoint <<<"${step:-step 0 checkpoint 0}"
+  elif [[ $WORKDIR == /mnt/* ]]; then # a bucket may never answer
     read -r step checkpoint < <(timeout 20 bash "$REPO/launch/tpu_worker.sh" \
       progress "$WORKDIR" || true) || true
   else

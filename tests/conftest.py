@@ -35,24 +35,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _step_kept_between_runs():
-  """Runs in this process that differ in no setting trace their step once."""
-  from aunet_jax.train import loop
+@pytest.fixture(scope="session")
+def _bucket():
+  """One for all tests of a process: the clients remember where it is."""
+  import fake_bucket
 
-  compile_step, kept = loop.compile_step, {}
+  with fake_bucket.FakeBucket() as bucket:
+    os.environ.update(bucket.environment)
+    yield bucket
 
-  def compile_once(config, tx, mesh, shardings, abstract, batch):
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (abstract, batch))
-    key = repr((config.model, config.optimizer, config.train, shapes)), mesh
-    if key not in kept:
-      arguments = (config, tx, mesh, shardings, abstract, batch)
-      kept[key] = compile_step(*arguments)
-    return kept[key]
 
-  loop.compile_step = compile_once
-  yield
-  loop.compile_step = compile_step
+@pytest.fixture
+def bucket(_bucket):
+  """gs://bucket, empty and without faults."""
+  yield _bucket
+  _bucket.faults.clear()
+  _bucket.objects.clear()
+  _bucket.requests.clear()
 
 
 def pytest_collection_modifyitems(items):

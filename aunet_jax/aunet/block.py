@@ -159,8 +159,7 @@ class Stack(nn.Module):
     num_layers = self.stage.num_layers
     scanned = nn.scan(
       block,
-      # Intermediates are flax's: kept only where a caller captures them.
-      variable_axes={"params": 0, HISTORY: 0, "intermediates": 0},
+      variable_axes={"params": 0, HISTORY: 0},
       split_rngs={"params": True},
       in_axes=(nn.broadcast, nn.broadcast),
       length=num_layers,

@@ -9,9 +9,11 @@ checkpoint, on the same bytes in the same order.
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import statistics
 import sys
+import threading
 
 from aunet_jax import terminal
 
@@ -22,7 +24,6 @@ import absl.logging
 import jax
 
 from aunet_jax import config as config_lib
-from aunet_jax import files
 from aunet_jax.aunet import devices
 from aunet_jax.data import roles
 from aunet_jax.evaluate import bits_per_byte
@@ -35,9 +36,10 @@ from aunet_jax.train.loop import TrainingError, run
 from aunet_jax.train.profile import parse_steps
 from aunet_jax.train.setup import Setup, set_up
 from aunet_jax.train.stop import SIGNALS, Stop
-from aunet_jax.workdir import layout, together
+from aunet_jax.workdir import buckets, layout, together
 from aunet_jax.workdir.layout import lock_workdir
 
+LEAVE_SECONDS = 5  # for the other processes of a failed run to end, too
 MAX_COMPRESSED_BYTES = 64 << 20  # xz -9 takes about a second per megabyte
 
 
@@ -135,7 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     epilog=HELP,
   )
   parser.add_argument(
-    "--workdir", required=True, help="where checkpoints and logs go"
+    "--workdir",
+    required=True,
+    help="where checkpoints and logs go: a directory, or gs://BUCKET/PATH",
   )
   parser.add_argument(
     "--config", required=True, metavar="FILE", help="a file of configs/"
@@ -181,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
   args, overrides = parser.parse_known_args(argv)
   if not args.workdir:
     raise ValueError("--workdir is empty; name a directory.")
-  workdir = files.local(args.workdir, "--workdir")
+  workdir = buckets.path(args.workdir)
   profile = parse_steps(args.profile)
   alone = args.coordinator is None and not args.multihost
   with contextlib.ExitStack() as open_things:
@@ -197,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     devices.present()
     with together.all_or_none():
       config = config_lib.parse_flags([f"--config={args.config}", *overrides])
-      open_things.enter_context(lock_workdir(workdir))
+    open_things.enter_context(lock_workdir(workdir))
     setup = set_up(config, workdir, args.accept_learning_rate)
     open_things.callback(setup.log.close)
     open_things.callback(setup.loader.close)
@@ -214,8 +218,7 @@ def train(
   try:
     stopped_by = run(setup, stop, profile)
   except (TrainingError, OSError, layout.CheckpointError) as error:
-    with contextlib.suppress(layout.CheckpointError):
-      setup.saver.wait()  # a save that began before may still succeed
+    setup.saver.settle()  # a save that began before may still succeed
     if isinstance(error, OSError):
       newest = setup.saver.latest_step()
       raise TrainingError(
@@ -239,9 +242,11 @@ def quieten_libraries() -> None:
 
   Orbax logs a failed background save with tracebacks of its threads. It then
   closes its event loop, and every other write that was under way prints that
-  the loop is closed. `save` and `wait` raise the failure itself.
+  the loop is closed. `Checkpointer` raises the failure itself.
   """
-  absl.logging.set_verbosity(absl.logging.FATAL)
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  logging.getLogger("absl").propagate = False
+  logging.getLogger("absl").addHandler(logging.NullHandler())
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   others = sys.unraisablehook
 
@@ -252,6 +257,21 @@ def quieten_libraries() -> None:
   sys.unraisablehook = hook
 
 
+def leave_together(status: int) -> None:
+  """Ends a process of several whose run has failed.
+
+  A thread that still saves may wait for another process for ten minutes, and
+  Python would wait for the thread. The first process must be the last to go:
+  the runtime of the others dies with it.
+  """
+  is_first = jax.process_index() == 0
+  timer = threading.Timer(LEAVE_SECONDS + 2 * is_first, os._exit, (status,))
+  timer.start()
+  with contextlib.suppress(RuntimeError):
+    jax.distributed.shutdown()  # waits for the others
+  os._exit(status)
+
+
 if __name__ == "__main__":
   quieten_libraries()
   status = main()
@@ -259,4 +279,6 @@ if __name__ == "__main__":
   # the libraries shut down: it must not change the status.
   for number in SIGNALS:
     signal.signal(number, signal.SIG_IGN)
+  if status not in (0, EXIT_STOPPED) and jax.distributed.is_initialized():
+    leave_together(status)
   sys.exit(status)

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from aunet_jax import files
 from aunet_jax.config import Config
 from aunet_jax.train import changes, optimizer
-from aunet_jax.workdir import checkpoints, layout, origin, together
+from aunet_jax.workdir import buckets, checkpoints, layout, origin, together
+from aunet_jax.workdir.buckets import BucketPath
 
 # What a branch may have otherwise: how it ends and how the source began.
 _MAY_DIFFER = (
@@ -35,7 +35,7 @@ _MAY_DIFFER = (
 class Branch(NamedTuple):
   """A checkpoint to go on from in another workdir."""
 
-  workdir: Path
+  workdir: Path | BucketPath
   step: int
   host: dict  # JSON values of the checkpoint
 
@@ -44,7 +44,7 @@ class Branch(NamedTuple):
     return origin.Origin(self.workdir, self.step, self.host["splitter_hash"])
 
 
-def find(workdir: Path, config: Config, say) -> Branch:
+def find(workdir: Path | BucketPath, config: Config, say) -> Branch:
   """The checkpoint of `train.branch_from` that the run goes on from.
 
   The newest undamaged one up to which both have the same learning rates, or
@@ -53,9 +53,9 @@ def find(workdir: Path, config: Config, say) -> Branch:
   Raises: ValueError naming every setting that differs in one line, or the step
     at which the rates part; CheckpointError where there is no such checkpoint.
   """
-  source = Path(config.train.branch_from)
+  source = buckets.path(config.train.branch_from, "train.branch_from")
   with together.all_or_none():
-    if source.resolve() == Path(workdir).resolve():
+    if source.resolve() == buckets.path(workdir).resolve():
       raise ValueError(
         f"train.branch_from={str(source)!r} is the --workdir itself, which "
         f"goes on from its own checkpoints; name another --workdir."
@@ -82,7 +82,9 @@ def find(workdir: Path, config: Config, say) -> Branch:
   return Branch(source, step, host)
 
 
-def _choose(source: Path, there: Config, config: Config, say) -> int:
+def _choose(
+  source: Path | BucketPath, there: Config, config: Config, say
+) -> int:
   """The step of the checkpoint."""
   named, wanted = f"train.branch_from={str(source)!r}", config.train.branch_step
   steps = layout.steps(source)
@@ -135,11 +137,11 @@ def shared_steps(there: Config, here: Config, last: int) -> int:
   return int(parted[0]) if parted.size else last
 
 
-def keep(workdir: Path, branch: Branch, params_hash: str) -> None:
+def keep(workdir: Path | BucketPath, branch: Branch, params_hash: str) -> None:
   """Writes WORKDIR/branch_from.json, and the source's log up to there."""
   rows = branch.workdir / layout.METRICS_FILE
   if rows.exists():
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write_whole(workdir / layout.METRICS_FILE, rows.read_bytes())
+    buckets.write_whole(workdir / layout.METRICS_FILE, rows.read_bytes())
     layout.drop_rows_after(workdir / layout.METRICS_FILE, branch.step)
   origin.keep(workdir, branch.origin, params_hash, origin.BRANCH_FILE)

@@ -5,6 +5,7 @@ from pathlib import Path
 from aunet_jax.config import Config
 from aunet_jax.train import optimizer
 from aunet_jax.workdir import layout, tables
+from aunet_jax.workdir.buckets import BucketPath
 
 # Settings that do not change what is learned from which bytes. Everything
 # else must equal the workdir's own config when a run continues.
@@ -55,7 +56,7 @@ def changed_fields(old: Config, new: Config) -> tuple[list[str], list[str]]:
 
 
 def check_workdir(
-  workdir: Path, config: Config, host: dict | None, say
+  workdir: Path | BucketPath, config: Config, host: dict | None, say
 ) -> None:
   """Refuses a workdir that another config made, once it has a checkpoint.
 

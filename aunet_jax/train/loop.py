@@ -19,7 +19,7 @@ from aunet_jax.train.state import TrainState
 from aunet_jax.train.step import compile_step
 from aunet_jax.train.stop import Stop, Votes
 from aunet_jax.train.watchdog import Watchdog
-from aunet_jax.workdir import layout, together
+from aunet_jax.workdir import buckets, layout, together
 
 
 class TrainingError(Failure):
@@ -181,6 +181,21 @@ def named(devices: Sequence[jax.Device]) -> str:
   )
 
 
+def put_log(setup: Setup) -> None:
+  """Has the workdir hold all that was logged. Every process must call this.
+
+  Raises: SaveError.
+  """
+  with together.all_or_none():
+    try:
+      setup.log.put()
+    except buckets.BucketError as error:
+      raise layout.SaveError(
+        f"{error}; when that is repaired, run the same command again to "
+        f"continue from checkpoint {setup.saver.latest_step()}."
+      ) from error
+
+
 def save(setup: Setup, step: int, train_state: TrainState, position) -> None:
   """Saves what every device agrees on.
 
@@ -191,6 +206,7 @@ def save(setup: Setup, step: int, train_state: TrainState, position) -> None:
     **setup.identity, "loader": position, "interval": setup.interval.to_json()
   }  # fmt: skip
   with setup.watch.within("save"):
+    put_log(setup)  # a resume has the rows up to its step
     differing = replicas.differing(train_state.params, setup.mesh)
     if differing:
       raise TrainingError(
@@ -253,7 +269,7 @@ def run(
   """
   config, saver, watch = setup.config, setup.saver, setup.watch
   stop.begin()
-  votes = Votes(setup.mesh, 3)
+  votes = Votes(setup.mesh, 4)
   recorder = Recorder(profile, setup.workdir)
   hang = (config.train.hang_seconds, config.train.hang_factor)
   with (
@@ -263,9 +279,16 @@ def run(
   ):
 
     def ask() -> tuple[bool, bool, bool]:
-      """Whether to stop, save and record now, as all processes agree."""
-      asked = bool(stop.requested), saver.late(), recorder.wanted()
-      return tuple(map(bool, votes.turn(*asked)))
+      """Whether to stop, save and record now, as all processes agree.
+
+      Raises: what kept a process from writing its part of a save.
+      """
+      *wanted, failed = votes.turn(
+        bool(stop.requested), saver.late(), recorder.wanted(), saver.failed()
+      )
+      if failed:
+        saver.raise_failure()
+      return tuple(map(bool, wanted))
 
     def evaluate_at(step, params) -> bool:
       def go_on():
@@ -282,6 +305,7 @@ def run(
       stopping = take_steps(setup, watchdog, ask, evaluate_at, recorder)
     watchdog.alive("the last save")
     saver.wait()
+    put_log(setup)
   setup.history.note(None, watch.seconds)
   return (stop.requested or "a signal to another process") if stopping else None
 

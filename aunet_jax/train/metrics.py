@@ -1,5 +1,7 @@
 """What a run tells: progress line, metrics.jsonl, TensorBoard, loss curve."""
 
+import contextlib
+import io
 import json
 import math
 import statistics
@@ -10,6 +12,8 @@ from aunet_jax.aunet import loss
 from aunet_jax.config import Config
 from aunet_jax.terminal import duration, si
 from aunet_jax.train import optimizer
+from aunet_jax.workdir import buckets
+from aunet_jax.workdir.buckets import BucketPath
 from aunet_jax.workdir.layout import (
   METRICS_FILE,
   column,
@@ -24,21 +28,30 @@ SPIKE_STEPS = 100  # steps a loss is compared with
 
 
 class Log:
-  """metrics.jsonl, TensorBoard and the progress line of process 0."""
+  """metrics.jsonl, TensorBoard and the progress line of process 0.
 
-  def __init__(self, workdir: Path, config: Config, step: int, active: bool):
+  In a bucket both are put anew now and then, and by `put`.
+  """
+
+  def __init__(
+    self,
+    workdir: Path | BucketPath,
+    config: Config,
+    step: int,
+    active: bool,
+  ):
     self._config, self._active = config, active
     self._live = active and sys.stdout.isatty()
     self._path = workdir / METRICS_FILE
     self._board = None
     if active:
       drop_rows_after(self._path, step)
+      self._rows = buckets.Grown(self._path)
       if config.train.tensorboard:
         from tensorboardX import SummaryWriter  # half a second to import
 
-        self._board = SummaryWriter(
-          str(workdir / "tensorboard"), purge_step=step + 1
-        )
+        self._events = buckets.Mirror(workdir / "tensorboard")
+        self._board = SummaryWriter(str(self._events.here), purge_step=step + 1)
 
   def say(self, line: str) -> None:
     """A line that stays."""
@@ -69,8 +82,7 @@ class Log:
     if not self._active:
       return
     try:
-      with self._path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+      self._rows.add(json.dumps(row) + "\n")
     except OSError as error:  # a full disk names no file
       raise OSError(error.errno, error.strerror, str(self._path)) from error
     if self._board is not None:
@@ -80,17 +92,33 @@ class Log:
       for i, fill in enumerate(row.get("fill", ())):
         self._board.add_scalar(f"fill/stage_{i + 1}", fill, row["step"])
 
+  def put(self) -> None:
+    """What was logged up to now is in the workdir, which may be a bucket.
+
+    Raises: BucketError.
+    """
+    if self._active:
+      self._rows.put()
+      if self._board is not None:
+        self._board.flush()
+        self._events.put()
+
   def rewind(self, step: int) -> None:
     """Takes back the rows after `step`, which will be run again."""
     if self._active:
+      self.put()
       drop_rows_after(self._path, step)
+      self._rows = buckets.Grown(self._path)
 
   def close(self) -> None:
+    """Whatever happened before: what can be kept is kept."""
     if self._board is not None:
       self._board.close()
+    with contextlib.suppress(buckets.BucketError):
+      self.put()
 
 
-def draw_loss_curve(workdir: Path) -> Path:
+def draw_loss_curve(workdir: Path | BucketPath) -> Path | BucketPath:
   """Bits per byte against bytes seen, training and held-out, as a PNG."""
   from matplotlib.figure import Figure  # half a second to import
 
@@ -109,7 +137,9 @@ def draw_loss_curve(workdir: Path) -> Path:
   axes.grid(alpha=0.3)
   axes.legend()
   path = workdir / CURVE_FILE
-  figure.savefig(path, dpi=150)
+  drawn = io.BytesIO()
+  figure.savefig(drawn, dpi=150)
+  path.write_bytes(drawn.getvalue())
   return path
 
 

@@ -6,22 +6,30 @@ from pathlib import Path
 
 import jax
 
+from aunet_jax.workdir import buckets
+from aunet_jax.workdir.buckets import BucketPath
+
 REQUEST_FILE = "profile_now"  # in the workdir; whoever wants a profile makes it
 REQUESTED_STEPS = 5
 LOOK_SECONDS = 5  # between two looks for it
 
 
 class Recorder:
-  """Records steps first to last, those that a request asks for, or none."""
+  """Records steps first to last, those that a request asks for, or none.
 
-  def __init__(self, steps: tuple[int, int] | None, workdir: Path):
+  In a bucket, which answers slowly, no request is looked for.
+  """
+
+  def __init__(self, steps: tuple[int, int] | None, workdir: Path | BucketPath):
     self._steps, self._folder = steps, workdir / "profile"
+    self._mirror = buckets.Mirror(self._folder)
     self._request, self._looked = workdir / REQUEST_FILE, 0.0
+    self._listens = not isinstance(workdir, BucketPath)
     self._running = False
 
   def wanted(self) -> bool:
     """Whether process 0 sees a request; the processes agree on when."""
-    if self._running or jax.process_index() != 0:
+    if self._running or jax.process_index() != 0 or not self._listens:
       return False
     now = time.monotonic()
     if now - self._looked < LOOK_SECONDS:
@@ -33,13 +41,11 @@ class Recorder:
     """Records the steps after `step`, instead of any that are still to come."""
     if not self._running:
       self._steps = (step + 1, step + REQUESTED_STEPS)
-      if jax.process_index() == 0:
-        self._request.unlink(missing_ok=True)
 
   def before(self, step: int) -> None:
     if self._steps is not None and not self._running:
       if self._steps[0] <= step <= self._steps[1]:
-        jax.profiler.start_trace(str(self._folder))
+        jax.profiler.start_trace(str(self._mirror.here))
         self._running = True
 
   def after(self, step: int, device_metrics: dict, say: Callable) -> None:
@@ -52,6 +58,9 @@ class Recorder:
     if self._running:
       jax.profiler.stop_trace()
       self._running, self._steps = False, None
+      self._mirror.put()
+      if self._listens and jax.process_index() == 0:
+        self._request.unlink(missing_ok=True)
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:

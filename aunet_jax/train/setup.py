@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import optax
 
-from aunet_jax import files
 from aunet_jax.aunet import attention, counts, devices, sharding
 from aunet_jax.config import Config
 from aunet_jax.data import building
@@ -23,6 +22,7 @@ from aunet_jax.train.evaluator import Evaluator
 from aunet_jax.train.state import TrainState
 from aunet_jax.train.stopwatch import History, Stopwatch
 from aunet_jax.workdir import (
+  buckets,
   checkpoints,
   layout,
   load,
@@ -30,6 +30,7 @@ from aunet_jax.workdir import (
   tables,
   together,
 )
+from aunet_jax.workdir.buckets import BucketPath
 
 
 def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -114,7 +115,7 @@ class Setup(NamedTuple):
   """A run ready for its next step."""
 
   config: Config
-  workdir: Path
+  workdir: Path | BucketPath
   mesh: jax.sharding.Mesh
   tx: optax.GradientTransformation
   train_state: TrainState
@@ -168,7 +169,7 @@ def restore(
 
 
 def check_identity(
-  host: dict, config: Config, workdir: Path, splitter, tokenizer, corpus
+  host: dict, config: Config, workdir, splitter, tokenizer, corpus
 ) -> None:
   """Compares a checkpoint with what would continue it.
 
@@ -189,8 +190,23 @@ def check_identity(
     )
 
 
+def cache_of(config: Config, workdir: Path | BucketPath) -> Path | str:
+  """Where the packed index is kept. Raises: ValueError for a bucket."""
+  if config.data.cache_dir is not None:
+    return config.data.cache_dir
+  if isinstance(workdir, BucketPath):
+    raise ValueError(
+      f"--workdir={workdir} is a bucket, and the packed index is read at "
+      f"random: name a directory of this machine for it, as "
+      f"--config.data.cache_dir=/tmp/aunet_data."
+    )
+  return workdir / "data"
+
+
 def set_up(
-  config: Config, workdir: Path, accept_learning_rate: bool = False
+  config: Config,
+  workdir: Path | BucketPath,
+  accept_learning_rate: bool = False,
 ) -> Setup:
   """Opens data and workdir, and restores what is there.
 
@@ -219,6 +235,7 @@ def set_up(
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
     check_size(config, mesh)
+    cache = cache_of(config, workdir)
     say(attention.describe(config.model.stages, sharding.platform(mesh)))
     tx = optimizer.make_optimizer(config)
     splitter = Splitter(config.model.rules, config.has_roles)
@@ -248,8 +265,6 @@ def set_up(
       begins_with = origin.find(workdir, config, splitter, tokenizer)
     if branched is not None:
       host = branched.host
-    cache = config.data.cache_dir
-    cache = workdir / "data" if cache is None else cache
     corpus, heldout = open_corpora(
       config.data,
       splitter,
@@ -305,7 +320,7 @@ def set_up(
       tables.keep(workdir, config.model.rules)
       if tokenizer is not None:
         content = Path(tokenizer.path).read_bytes()
-        files.write_whole(workdir / layout.TOKENIZER_FILE, content)
+        buckets.write_whole(workdir / layout.TOKENIZER_FILE, content)
     log = metrics.Log(workdir, config, step, is_main)
   if branched is not None:  # from here on the source is not needed
     saver.save(step, restored.train_state.items(), host)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from aunet_jax.aunet import sharding
 from aunet_jax.terminal import EXIT_INTERRUPTED, EXIT_STOPPED, Failure
 from aunet_jax.workdir import layout
+from aunet_jax.workdir.buckets import BucketPath
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -35,7 +36,7 @@ class Stop:
   that waits for others does not reach; so a thread counts the signals.
   """
 
-  def __init__(self, workdir: str | Path, alone: bool = True):
+  def __init__(self, workdir: str | Path | BucketPath, alone: bool = True):
     """Args: alone: whether the run is this process alone."""
     self.requested: str | None = None
     self._workdir, self._alone = workdir, alone
@@ -82,9 +83,12 @@ class Stop:
         if number not in self._old:
           continue
         if number in self._seen:
-          newest = (layout.steps(self._workdir) or [None])[-1]
+          said = "stopped"
+          if not isinstance(self._workdir, BucketPath):  # it may not answer
+            newest = (layout.steps(self._workdir) or [None])[-1]
+            said += f"; the newest checkpoint is {newest}"
           print(
-            f"\nstopped; the newest checkpoint is {newest}.",
+            f"\n{said}.",
             file=sys.stderr,
             flush=True,
           )

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aunet_jax import files
+from aunet_jax.workdir import buckets
+from aunet_jax.workdir.buckets import BucketPath
 
 TIMES_FILE = "times.json"
 
@@ -81,7 +83,7 @@ class History:
 
   def __init__(
     self,
-    workdir: Path,
+    workdir: Path | BucketPath,
     step: int,
     active: bool,
     clock: Callable[[], float] = time.time,
@@ -109,7 +111,9 @@ class History:
       self._this["last_step"] = step
     if self._active:
       if step is None or now - self._written >= self.WRITE_SECONDS:
-        files.write_whole(self._path, json.dumps({"starts": self._starts}))
+        with contextlib.suppress(buckets.BucketError):  # nothing needs it
+          text = json.dumps({"starts": self._starts})
+          buckets.write_whole(self._path, text)
         self._written = now
     return {
       "goodput": goodput([self._this]), "goodput_all_starts": self.goodput()
@@ -148,7 +152,7 @@ def goodput(starts: list[dict]) -> float:
   return useful / passed if passed > 0 else 0.0
 
 
-def _read_starts(path: Path) -> list[dict]:
+def _read_starts(path: Path | BucketPath) -> list[dict]:
   """Those in the file; none where it is damaged: nothing else needs it."""
   try:
     starts = files.parse_json(path.read_bytes())["starts"]

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and reading it back.
+"""What a run leaves on disk or in a bucket, and reading it back.
 
 Read `layout.py` first.
 """

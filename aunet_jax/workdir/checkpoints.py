@@ -4,20 +4,25 @@ A workdir holds `config.json` (the Config) and `checkpoints/STEP/` with three
 items: `params`, `optimizer` (optimizer state and step counters) and `host`
 (a JSON dict: data iterator state, byte counts, splitting-rule hash). A
 checkpoint becomes visible only when Orbax has committed all of it, with the
-manifest that tells later whether its files are still as they were written.
+manifest that tells later whether its files are still as they were written: by
+renaming its folder, in a bucket by a last object (`buckets.COMMITTED`).
 """
 
 import contextlib
+import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from aunet_jax.config import CheckpointConfig
-from aunet_jax.workdir import manifest, together
+from aunet_jax.workdir import buckets, manifest, together
+from aunet_jax.workdir.buckets import BucketPath
 from aunet_jax.workdir.layout import (
   CHECKPOINTS,
   CheckpointError,
@@ -30,7 +35,9 @@ from aunet_jax.workdir.layout import (
 
 
 def newest_undamaged(
-  workdir: Path, last: int | None = None, items: Collection[str] | None = None
+  workdir: Path | BucketPath,
+  last: int | None = None,
+  items: Collection[str] | None = None,
 ) -> tuple[int | None, dict[int, str]]:
   """The newest undamaged checkpoint, and what is wrong with the newer ones.
 
@@ -58,7 +65,9 @@ def newest_undamaged(
 
 
 def choose(
-  workdir: str | Path, say: Callable[[str], None], last: int | None = None
+  workdir: str | Path | BucketPath,
+  say: Callable[[str], None],
+  last: int | None = None,
 ) -> int | None:
   """The newest undamaged checkpoint, for a run that will go on from it.
 
@@ -71,14 +80,14 @@ def choose(
   Raises: CheckpointError where there are checkpoints, all of them damaged;
     then none is renamed.
   """
-  workdir, step = Path(workdir), None
+  workdir, step = buckets.path(workdir), None
   with together.all_or_none():
     if jax.process_index() == 0:
       step, damaged = newest_undamaged(workdir, last)
       _set_aside(workdir / CHECKPOINTS, damaged, say)
   code = together.broadcast(-1 if step is None else step)
   step = code if code >= 0 else None
-  if step is not None:
+  if step is not None and jax.process_index() == 0:
     folder = workdir / CHECKPOINTS / str(step)
     if not (folder / manifest.FILE).exists():
       say(
@@ -89,11 +98,15 @@ def choose(
 
 
 def _set_aside(
-  directory: Path, damaged: dict[int, str], say: Callable[[str], None]
+  directory: Path | BucketPath,
+  damaged: dict[int, str],
+  say: Callable[[str], None],
 ) -> None:
   for step, reason in damaged.items():
     aside = directory / f"damaged-{step}"
-    if aside.is_dir() and not aside.is_symlink():
+    if isinstance(aside, BucketPath):
+      aside.rmtree()
+    elif aside.is_dir() and not aside.is_symlink():
       shutil.rmtree(aside)  # the same step, damaged before
     else:
       aside.unlink(missing_ok=True)
@@ -102,6 +115,13 @@ def _set_aside(
 
 
 # ----- saving and restoring -------------------------------------------------
+
+SETTLE_SECONDS = 5  # for a save to end, where the run has failed
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return (lines or [type(error).__name__])[0].rstrip(".")
 
 
 def _num_bytes(tree) -> int:
@@ -126,7 +146,7 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _check_shapes(folder: Path, target) -> None:
+def _check_shapes(folder: Path | BucketPath, target) -> None:
   """Compares what is wanted with what lies there, before memory is taken.
 
   Where one array of a restore fails, Orbax prints pages about the others.
@@ -134,7 +154,7 @@ def _check_shapes(folder: Path, target) -> None:
   Raises: ValueError.
   """
   with contextlib.closing(ocp.StandardCheckpointHandler()) as reader:
-    stored = _shapes(reader.metadata(folder).tree)
+    stored = _shapes(reader.metadata(epath.Path(folder)).tree)
   for name, shape in _shapes(target).items():
     if stored.get(name, shape) != shape:
       raise ValueError(
@@ -152,7 +172,7 @@ def read_items(
   Returns: the same names and trees, of arrays.
   Raises: CheckpointError where it cannot be read.
   """
-  folder = Path(manager.directory) / str(step)
+  folder = buckets.path(str(manager.directory)) / str(step)
   for name in targets:
     if not (folder / name).is_dir():
       raise unreadable(folder, f"its {name} state is missing")
@@ -166,35 +186,69 @@ def read_items(
   return {name: restored[name] for name in targets}
 
 
+class _Listener(logging.Handler):
+  """Hears at once of a save that failed in this process.
+
+  Orbax logs it, and raises it only when all processes have met, which they do
+  not for the ten minutes until it gives up.
+  """
+
+  THREAD = "async_save"  # Orbax's name of the one that writes
+
+  def __init__(self, hear: Callable[[BaseException], None]):
+    super().__init__(logging.ERROR)
+    self._hear = hear
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if record.threadName == self.THREAD and record.exc_info:
+      self._hear(record.exc_info[1])
+
+
 class Checkpointer:
-  """Says when to save, saves in the background, and restores."""
+  """Says when to save, saves in the background, and restores.
+
+  A save of several processes is done when all have written their part, and the
+  one that failed would be waited for in vain; so each watches its own part,
+  and all hear of it (`wait`, `failed`).
+  """
 
   def __init__(
     self,
-    workdir: str | Path,
+    workdir: str | Path | BucketPath,
     config: CheckpointConfig,
     clock: Callable[[], float] = time.monotonic,
   ):
     self._clock, self._saved_at = clock, clock()
-    self.directory = Path(workdir).absolute() / CHECKPOINTS
+    self.directory = buckets.path(workdir).absolute() / CHECKPOINTS
+    self._in_bucket = isinstance(self.directory, BucketPath)
     self._config = config
     self._saving = None  # the step being saved; one at a time
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=_kept(config),
-        cleanup_tmp_directories=True,
-        async_options=ocp.options.AsyncOptions(
-          post_finalization_callback=self._write_manifest
+    self._watch, self._failure = None, None  # of that save
+    self._listener = _Listener(self._fail)
+    logging.getLogger("absl").addHandler(self._listener)
+    try:
+      self._manager = ocp.CheckpointManager(
+        str(self.directory),
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=_kept(config),
+          cleanup_tmp_directories=True,
+          async_options=ocp.options.AsyncOptions(
+            post_finalization_callback=self._write_manifest
+          ),
         ),
-      ),
-    )
+      )
+    except Exception as error:
+      if not self._in_bucket:
+        raise
+      raise CheckpointError(
+        f"{self.directory} cannot be opened: {_first_line(error)}"
+      ) from error
 
   def _write_manifest(self) -> None:
     """Runs in the background, when all of a step is written but not seen."""
     if jax.process_index() == 0:
-      name = f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}"
-      manifest.write(self.directory / name)
+      suffix = "" if self._in_bucket else ocp.path.atomicity.TMP_DIR_SUFFIX
+      manifest.write(self.directory / f"{self._saving}{suffix}")
 
   def due(self, step: int) -> bool:
     """Whether that step is saved whatever the time."""
@@ -234,16 +288,9 @@ class Checkpointer:
     Raises: SaveError where this save, or the one before it that ran in the
       background, could not be written. Older checkpoints stay as they are.
     """
+    self.wait()  # errors of the save before this one are its own
     with together.all_or_none():
-      self.wait()  # errors of the save before this one are its own
-      needed = _num_bytes(items)
-      free = shutil.disk_usage(self.directory).free
-      if free < needed:
-        raise SaveError(
-          f"checkpoint {step} needs {needed / 1e6:.1f} MB but {self.directory} "
-          f"has {free / 1e6:.1f} MB free; free some space and run the same "
-          f"command again to continue from checkpoint {self.latest_step()}."
-        )
+      self._check_room(step, _num_bytes(items))
     self._saving, self._saved_at = step, self._clock()
     args = {k: ocp.args.StandardSave(tree) for k, tree in items.items()}
     try:
@@ -252,6 +299,7 @@ class Checkpointer:
       )
     except Exception as error:
       raise self._write_error(step, error) from error
+    self._watch_save()
     if not saved and step not in self._manager.all_steps():
       raise SaveError(
         f"checkpoint {step} was not written: {self.directory} holds "
@@ -259,21 +307,83 @@ class Checkpointer:
         f"Use another workdir."
       )
 
+  def _check_room(self, step: int, num_bytes: int) -> None:
+    """Whether there is room, or the bucket lets this process write.
+
+    Here all processes hear of it; inside Orbax the others would wait.
+    """
+    if self._in_bucket:
+      probe = self.directory.parent / f".writing-{jax.process_index()}"
+      try:
+        probe.write_bytes(str(step).encode())
+        probe.unlink(missing_ok=True)
+      except buckets.BucketError as error:
+        raise self._write_error(step, error) from error
+      return
+    free = shutil.disk_usage(self.directory).free
+    if free < num_bytes:
+      raise SaveError(
+        f"checkpoint {step} needs {num_bytes / 1e6:.1f} MB but "
+        f"{self.directory} has {free / 1e6:.1f} MB free; free some space and "
+        f"run the same command again to continue from checkpoint "
+        f"{self.latest_step()}."
+      )
+
+  def _watch_save(self) -> None:
+    """Waits for this process's part of the save, beside the training."""
+
+    def watch():
+      try:
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+      except Exception as error:
+        self._fail(error)
+
+    self._watch = threading.Thread(target=watch, daemon=True)
+    self._watch.start()
+
+  def _fail(self, error: BaseException) -> None:
+    if self._failure is None:
+      self._failure = self._write_error(self._saving, error)
+
+  def failed(self) -> bool:
+    """Whether this process could not write its part of the newest save."""
+    return self._failure is not None
+
+  def settle(self) -> None:
+    """Gives a save that has begun the time to end, with or without success."""
+    if self._watch is not None:
+      alone = jax.process_count() == 1
+      self._watch.join(None if alone else SETTLE_SECONDS)
+
   def wait(self) -> None:
-    """Returns when every started save is on disk.
+    """Returns when every started save is on disk. All processes must call it.
 
     Raises: SaveError as `save`.
     """
-    try:
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
-    except Exception as error:
-      raise self._write_error(None, error) from error
+    if self._watch is None:
+      return
+    if jax.process_count() == 1:
+      self._watch.join()
+    pause = 0.01
+    while jax.process_count() > 1:
+      states = together.gather(2 * self.failed() + (not self._watch.is_alive()))
+      if max(states) > 1 or min(states) == 1:
+        break
+      time.sleep(pause)
+      pause = min(2 * pause, 1.0)
+    self.raise_failure()
+    self._watch = None
+
+  def raise_failure(self) -> None:
+    """Raises: what failed here or in another process, if anything did."""
+    with together.all_or_none():
+      if self._failure is not None:
+        raise self._failure
 
   def _write_error(self, step, error) -> SaveError:
     name = "a checkpoint" if step is None else f"checkpoint {step}"
-    reason = str(error).strip().splitlines()
-    saved = sorted(self._manager.all_steps())
+    saved = sorted(s for s in self._manager.all_steps() if s != step)
     newest = (
       f"The newest checkpoint is {saved[-1]}"
       if saved
@@ -281,8 +391,8 @@ class Checkpointer:
     )
     return SaveError(
       f"{name} could not be written under {self.directory}: "
-      f"{reason[0] if reason else type(error).__name__}. {newest}; when that "
-      f"is repaired, run the same command again to continue."
+      f"{_first_line(error)}. {newest}; when that is repaired, run the same "
+      f"command again to continue."
     )
 
   def restore(self, step: int, targets: dict[str, object]) -> dict[str, object]:
@@ -290,4 +400,5 @@ class Checkpointer:
     return read_items(self._manager, step, targets)
 
   def close(self) -> None:
+    logging.getLogger("absl").removeHandler(self._listener)
     self._manager.close()

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import time
 import types
 import typing
 from pathlib import Path
@@ -13,11 +15,14 @@ from aunet_jax import config as config_lib
 from aunet_jax import files
 from aunet_jax.config import Config
 from aunet_jax.terminal import EXIT_BAD_INPUT, EXIT_FAILED, Failure
+from aunet_jax.workdir import buckets, together
+from aunet_jax.workdir.buckets import BucketPath
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"  # a copy; only where the model reads tokens
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 
 # Fields of the JSON files, where they are there. Other fields are free.
 _HOST = {
@@ -65,20 +70,29 @@ class SaveError(CheckpointError):
   status = EXIT_FAILED
 
 
-def steps(workdir: str | Path) -> list[int]:
+def steps(workdir: str | Path | BucketPath) -> list[int]:
   """Committed checkpoints of a workdir, ascending."""
-  directory, found = Path(workdir) / CHECKPOINTS, []
-  for path in directory.glob("*"):
-    number = path.name.rpartition("_")[2]  # where Orbax looks for a step
+  directory, found = buckets.path(workdir) / CHECKPOINTS, []
+  in_bucket = isinstance(directory, BucketPath)
+  names = directory.names() if in_bucket else _names(directory)
+  for name in names:
+    number = name.rpartition("_")[2]  # where Orbax looks for a step
     if not number.isdigit():
       continue
-    if not (path.name.isascii() and path.name == str(int(number))):
+    if not (name.isascii() and name == str(int(number))):
       raise CheckpointError(
-        f"{path} is named like a checkpoint but is none; checkpoints are "
-        f"folders like {directory / '500'}. Move it elsewhere or rename it."
+        f"{directory / name} is named like a checkpoint but is none; "
+        f"checkpoints are folders like {directory / '500'}. Move it elsewhere "
+        f"or rename it."
       )
+    if in_bucket and not (directory / name / buckets.COMMITTED).is_file():
+      continue
     found.append(int(number))
   return sorted(found)
+
+
+def _names(directory: Path) -> list[str]:
+  return os.listdir(directory) if directory.is_dir() else []
 
 
 # ----- JSON files ------------------------------------------------------------
@@ -110,12 +124,12 @@ def check_fields(value, fields: dict, required: tuple[str, ...], name: str):
       )
 
 
-def read_host(workdir: str | Path, step: int) -> dict:
+def read_host(workdir: str | Path | BucketPath, step: int) -> dict:
   """The JSON values of a checkpoint; `is_converted` tells what they are of.
 
   Raises: CheckpointError where they cannot be read.
   """
-  folder = Path(workdir) / CHECKPOINTS / str(step)
+  folder = buckets.path(workdir) / CHECKPOINTS / str(step)
   try:
     host = files.parse_json((folder / "host" / "metadata").read_bytes())
     check_fields(host, _HOST, ("splitter_hash",), "host/metadata")
@@ -133,10 +147,11 @@ def is_converted(host: dict) -> bool:
   return "loader" not in host
 
 
-def unreadable(folder: Path, reason) -> CheckpointError:
+def unreadable(folder: Path | BucketPath, reason) -> CheckpointError:
   """For a checkpoint without manifest, or whose files are as they were."""
   first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
-  older = [step for step in steps(folder.parents[1]) if step < int(folder.name)]
+  workdir = folder.parent.parent
+  older = [step for step in steps(workdir) if step < int(folder.name)]
   remedy = f"continue from checkpoint {older[-1]}" if older else "start again"
   return CheckpointError(
     f"checkpoint {folder} cannot be read ({first}); delete that folder to "
@@ -144,18 +159,19 @@ def unreadable(folder: Path, reason) -> CheckpointError:
   )
 
 
-def write_config(workdir: str | Path, config: Config) -> None:
-  workdir = files.local(workdir, "--workdir")
+def write_config(workdir: str | Path | BucketPath, config: Config) -> None:
+  workdir = buckets.path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  files.write_whole(workdir / CONFIG_FILE, config.to_json() + "\n")
+  buckets.write_whole(workdir / CONFIG_FILE, config.to_json() + "\n")
 
 
-def read_config(workdir: str | Path) -> Config:
+def read_config(workdir: str | Path | BucketPath) -> Config:
   """Raises: CheckpointError where the workdir is missing or not ours,
-  ValueError where it is a URL.
+  ValueError where it is another URL than gs://BUCKET/PATH.
   """
-  path = files.local(workdir, "--workdir") / CONFIG_FILE
-  if not Path(workdir).is_dir():
+  workdir = buckets.path(workdir)
+  path = workdir / CONFIG_FILE
+  if not workdir.is_dir():
     raise CheckpointError(f"no such workdir: {workdir}")
   if not path.is_file():
     raise CheckpointError(
@@ -183,15 +199,15 @@ def flat_fields(value, path: str = "") -> dict[str, object]:
   return {k: v for key, one in items for k, v in flat_fields(one, key).items()}
 
 
-def drop_rows_after(path: Path, step: int) -> None:
+def drop_rows_after(path: Path | BucketPath, step: int) -> None:
   """Removes rows of metrics.jsonl past `step`, and a torn last line."""
   if not path.exists():
     return
   kept = [row for row in read_rows(path) if row["step"] <= step]
-  files.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+  buckets.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path | BucketPath) -> list[dict]:
   """The rows of a metrics file; torn or foreign lines are left out."""
   if not path.exists():
     return []
@@ -213,31 +229,58 @@ def column(rows: list[dict], *names: str) -> list[tuple]:
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: Path):
+def lock_workdir(workdir: Path | BucketPath):
   """Keeps a second run out of the workdir; process 0 holds the lock.
 
-  The operating system frees it however the process ends.
+  On a disk the operating system frees it however the process ends; of a bucket
+  see `buckets.Lock`. Every process must call this.
 
   Raises: ValueError where another run holds it, or the workdir is a file.
   """
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f"--workdir={workdir} is a file; name a directory.")
+  in_bucket = isinstance(workdir, BucketPath)
+  with contextlib.ExitStack() as held:
+    with together.all_or_none():
+      _check_name(workdir)
+      if jax.process_index() == 0 and not in_bucket:
+        workdir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(files.locked(workdir / LOCK_FILE, _busy(workdir)))
+    if in_bucket and os.environ.get(files.LOCKS) != "none":
+      held.enter_context(_locked_object(workdir / LOCK_FILE))
+    yield
+
+
+def _check_name(workdir: Path | BucketPath) -> None:
+  if not isinstance(workdir, BucketPath):
+    if workdir.exists() and not workdir.is_dir():
+      raise ValueError(f"--workdir={workdir} is a file; name a directory.")
   try:
     str(workdir).encode()
   except UnicodeEncodeError:
     raise ValueError(
       f"--workdir={workdir} is not UTF-8, which checkpoints need; use another."
     ) from None
-  if jax.process_index() != 0:
-    yield
-    return
 
+
+def _busy(workdir: Path):
   def busy():
     raise ValueError(
       f"another process is training in {workdir}; wait for it, stop it, or "
       f"use another --workdir."
     )
 
-  workdir.mkdir(parents=True, exist_ok=True)
-  with files.locked(workdir / ".lock", busy):
+  return busy
+
+
+@contextlib.contextmanager
+def _locked_object(path: BucketPath):
+  """Holds a lock in a bucket; the processes wait for it together."""
+  with contextlib.closing(buckets.Lock(path)) as lock:
+    taken = False
+    while not taken:
+      with together.all_or_none():
+        if jax.process_index() == 0:
+          taken = lock.take()
+      taken = bool(together.broadcast(int(taken)))
+      if not taken:
+        time.sleep(min(1, buckets.BEAT_SECONDS))
     yield

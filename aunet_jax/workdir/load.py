@@ -14,7 +14,8 @@ from aunet_jax.aunet.network import AUNet, abstract_params
 from aunet_jax.config import Config
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
-from aunet_jax.workdir import manifest, tables
+from aunet_jax.workdir import buckets, manifest, tables
+from aunet_jax.workdir.buckets import BucketPath
 from aunet_jax.workdir.checkpoints import newest_undamaged, read_items
 from aunet_jax.workdir.layout import (
   CHECKPOINTS,
@@ -26,7 +27,9 @@ from aunet_jax.workdir.layout import (
 )
 
 
-def save_params(workdir: str | Path, config: Config, params: dict) -> None:
+def save_params(
+  workdir: str | Path | BucketPath, config: Config, params: dict
+) -> None:
   """Writes a workdir that holds a model and no training state.
 
   `generate`, `evaluate` and `train` accept it; training starts at step 0.
@@ -34,7 +37,7 @@ def save_params(workdir: str | Path, config: Config, params: dict) -> None:
   splitter = Splitter(config.model.rules, config.has_roles)
   write_config(workdir, config)
   tables.keep(workdir, config.model.rules)
-  directory = Path(workdir).absolute() / CHECKPOINTS
+  directory = buckets.path(workdir).absolute() / CHECKPOINTS
   with ocp.CheckpointManager(directory) as manager:
     manager.save(
       0,
@@ -62,7 +65,7 @@ class Loaded(NamedTuple):
 
 
 def load(
-  workdir: str | Path,
+  workdir: str | Path | BucketPath,
   mesh: jax.sharding.Mesh | None = None,
   trust_rules: bool = False,
 ) -> Loaded:
@@ -78,11 +81,12 @@ def load(
     splitting rule of this version of the package, or the workdir's
     tokenizer.json, is not the one the model was trained with.
   """
+  workdir = buckets.path(workdir)
   config = read_config(workdir)
   model = tables.with_trusted_rules(workdir, config.model, trust_rules)
   splitter = Splitter(model.rules, config.has_roles)
-  directory = Path(workdir).absolute() / CHECKPOINTS
-  step, damaged = newest_undamaged(Path(workdir), items=("params", "host"))
+  directory = workdir.absolute() / CHECKPOINTS
+  step, damaged = newest_undamaged(workdir, items=("params", "host"))
   for number, reason in damaged.items():
     print(f"checkpoint {number} skipped: {reason}", file=sys.stderr)
   if step is None:
@@ -107,7 +111,7 @@ def load(
   tokenizer = None
   if config.data.tokenizer is not None:
     try:
-      tokenizer = Tokenizer(Path(workdir) / TOKENIZER_FILE)
+      tokenizer = Tokenizer(buckets.here(workdir / TOKENIZER_FILE))
     except ValueError as error:
       raise CheckpointError(f"the workdir's tokenizer: {error}") from None
   check_tokenizer(host, tokenizer)

@@ -15,11 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from aunet_jax import files
 from aunet_jax.config import Config
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
-from aunet_jax.workdir import layout, load, tables
+from aunet_jax.workdir import buckets, layout, load, tables
+from aunet_jax.workdir.buckets import BucketPath
 from aunet_jax.workdir.checkpoints import newest_undamaged, read_items
 
 FILE = "init_from.json"
@@ -35,7 +35,7 @@ _FREE_OF_A_STAGE = ("capacity", "remat", "attention")
 class Origin(NamedTuple):
   """A checkpoint to begin with."""
 
-  workdir: Path
+  workdir: Path | BucketPath
   step: int
   splitter_hash: str
 
@@ -78,8 +78,8 @@ def find(
   Raises: ValueError naming every difference in one line, CheckpointError where
     there is no checkpoint, or its splitting tables or tokenizer differ.
   """
-  source = Path(config.train.init_from)
-  if source.resolve() == Path(workdir).resolve():
+  source = buckets.path(config.train.init_from, "train.init_from")
+  if source.resolve() == buckets.path(workdir).resolve():
     raise ValueError(
       f"train.init_from={str(source)!r} is the --workdir itself, which goes on "
       f"from its own checkpoints; leave it out, or name another --workdir."
@@ -129,7 +129,7 @@ def params_hash(params: dict) -> str:
 
 
 def keep(
-  workdir: Path, origin: Origin, params_hash: str, name: str = FILE
+  workdir: Path | BucketPath, origin: Origin, params_hash: str, name: str = FILE
 ) -> None:
   """Writes down in WORKDIR/NAME what the run began with."""
   said = {
@@ -139,4 +139,4 @@ def keep(
     "splitter_hash": origin.splitter_hash,
   }
   workdir.mkdir(parents=True, exist_ok=True)
-  files.write_whole(workdir / name, json.dumps(said, indent=2) + "\n")
+  buckets.write_whole(workdir / name, json.dumps(said, indent=2) + "\n")

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aunet_jax import files
 from aunet_jax.config import ModelConfig, runs_code
 from aunet_jax.splitting.rules import source_of
 from aunet_jax.splitting.splitter import MACHINES
+from aunet_jax.workdir import buckets
+from aunet_jax.workdir.buckets import BucketPath
 from aunet_jax.workdir.layout import CheckpointError
 
 TABLES = "tables"
@@ -34,12 +35,12 @@ def same_kind(rule: str | None, other: str | None) -> bool:
   return None not in kinds and kinds[0][0] == kinds[1][0]
 
 
-def _kept(workdir: str | Path, number: int, kind: str) -> Path:
+def _kept(workdir, number: int, kind: str) -> Path | BucketPath:
   """Where the table of stage `number`, from 2, lies in a workdir."""
-  return Path(workdir) / TABLES / f"stage{number}.{kind}"
+  return buckets.path(workdir) / TABLES / f"stage{number}.{kind}"
 
 
-def keep(workdir: str | Path, rules: Sequence[str]) -> None:
+def keep(workdir: str | Path | BucketPath, rules: Sequence[str]) -> None:
   """Copies the files that rules name into the workdir.
 
   Args: rules: of stages 2, 3, …; they have just made a splitter.
@@ -57,11 +58,13 @@ def keep(workdir: str | Path, rules: Sequence[str]) -> None:
       content = Path(path).read_bytes()
       if not (copy.is_file() and copy.read_bytes() == content):
         copy.parent.mkdir(exist_ok=True)
-        files.write_whole(copy, content)
+        buckets.write_whole(copy, content)
 
 
-def _lies_in(path: Path, workdir: Path) -> bool:
+def _lies_in(path: Path | BucketPath, workdir: Path | BucketPath) -> bool:
   """Whether it is a file of the workdir's own, not a link out of it."""
+  if isinstance(workdir, BucketPath):  # where names are names, even ".."
+    return isinstance(path, BucketPath) and path.is_file()
   try:
     inside = path.resolve().is_relative_to(workdir.resolve())
     return inside and path.is_file()
@@ -69,7 +72,7 @@ def _lies_in(path: Path, workdir: Path) -> bool:
     return False
 
 
-def _trusted(workdir: Path, number: int, rule: str, trust_rules: bool) -> str:
+def _trusted(workdir, number: int, rule: str, trust_rules: bool) -> str:
   """One rule, with the file to read it from. Raises: CheckpointError."""
   if runs_code(rule):
     source = source_of(rule)
@@ -87,10 +90,10 @@ def _trusted(workdir: Path, number: int, rule: str, trust_rules: bool) -> str:
   kind, path = file
   copy = _kept(workdir, number, kind)
   if _lies_in(copy, workdir):
-    return f"{kind}@{copy}"
+    return f"{kind}@{buckets.here(copy)}"
   for named in (workdir / path, Path(path)):
     if _lies_in(named, workdir):
-      return f"{kind}@{named}"
+      return f"{kind}@{buckets.here(named)}"
   if not trust_rules:
     raise CheckpointError(
       f"{workdir} names the splitting rule {rule!r} for stage {number}, a file "
@@ -103,14 +106,16 @@ def _trusted(workdir: Path, number: int, rule: str, trust_rules: bool) -> str:
 
 
 def with_trusted_rules(
-  workdir: str | Path, model: ModelConfig, trust_rules: bool = False
+  workdir: str | Path | BucketPath,
+  model: ModelConfig,
+  trust_rules: bool = False,
 ) -> ModelConfig:
   """The model of a workdir, its rules naming files of the workdir alone.
 
   Args: trust_rules: whether it may name code, and files outside it.
   Raises: CheckpointError naming the rule and what it would run or read.
   """
-  workdir = Path(workdir)
+  workdir = buckets.path(workdir)
   stages = [model.stages[0]]
   for number, stage in enumerate(model.stages[1:], start=2):
     rule = _trusted(workdir, number, stage.rule or "", trust_rules)

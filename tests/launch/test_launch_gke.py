@@ -108,6 +108,13 @@ def test_a_pod_fails_for_good_after_failures_without_a_new_checkpoint(world):
   assert pod(world, "true") == 0
 
 
+def test_failures_of_a_workdir_in_a_bucket_are_left_to_the_cluster(world):
+  pod = [LAUNCH / "pod.sh", "gs://bucket/x", "0", "0", "--", "bash", "-c"]
+  for status in (1, 137):
+    end = subprocess.run([*pod, f"exit {status}"], env=world.environment)
+    assert end.returncode == status
+
+
 def test_a_pod_passes_its_stop_on_and_keeps_the_status(world):
   process = subprocess.Popen(
     [LAUNCH / "pod.sh", world.workdir, "2", "0", "--", world.bin / "trainer"],

@@ -97,6 +97,33 @@ def test_gpu_host_ends_a_run_that_makes_no_step(world, word):
   assert len(world.starts()) == 2
 
 
+BUCKET_JOB = """WORKDIR=gs://bucket/runs/x
+FLAGS+=(--config.data.cache_dir=/tmp/aunet_data)"""
+
+
+@pytest.mark.parametrize(
+  "plan, status, starts",
+  [("5:1 6:1 7:1 8:1 9:1 0", 0, 6), ("5:2 0", 0, 2), ("1 1 1 1 0", 1, 4)],
+)
+def test_budgets_of_a_workdir_in_a_bucket(world, plan, status, starts):
+  world.job(BUCKET_JOB)
+  world.write("trainer.plan", plan.replace(" ", "\n"))
+  result = world.run("gpu_host.sh")
+  assert result.returncode == status, result.stderr
+  assert len(world.starts()) == starts
+  assert "--workdir=gs://bucket/runs/x" in world.starts()[0]
+  home = world.path / ".local/state/aunet_jax/test"  # of the lock
+  assert home.is_dir() and not (ROOT / "gs:").exists()
+
+
+def test_a_bucket_that_does_not_answer_ends_no_run(world):
+  world.job(BUCKET_JOB)
+  world.write("bucket_down", "")
+  world.write("trainer.plan", "run\n")
+  result = world.interrupt("gpu_host.sh", after="trainer.training")
+  assert result.returncode == 75, result.stderr
+
+
 def test_gpu_host_goes_on_with_fewer_gpus(world):
   world.job("GPUS=8 FLAGS+=(--config.mesh.fsdp=8)")
   result = world.run("gpu_host.sh", "--gpus=2")
@@ -206,6 +233,11 @@ def test_slurm_submits_itself(world):
     f"--job={world.path / 'my job.env'}",
   ]
   assert world.workdir.is_dir()  # SLURM does not make it
+  world.job(BUCKET_JOB)
+  assert world.run("slurm.sbatch").returncode == 0
+  logs = world.path / ".local/state/aunet_jax/test"
+  assert f"--output={logs}/slurm-%j.log" in world.calls("sbatch")[-1]
+  assert logs.is_dir()
   assert not world.calls("srun")
 
 

@@ -207,7 +207,8 @@ def test_the_image_holds_only_what_is_named():
   [
     ("ZONNE=x", ["ZONNE is not a setting", "ZONE"]),
     ("WORKDIR=", ["set WORKDIR"]),
-    ("WORKDIR=gs://bucket/run", ["WORKDIR=gs://bucket/run is a URL", "BUCKET"]),
+    ("WORKDIR=s3://bucket/run", ["WORKDIR=s3://bucket/run is a URL", "gs://B"]),
+    ("WORKDIR=gs://bucket", ["WORKDIR=gs://bucket is a URL", "BUCKET/PATH"]),
     ("GPUS=many", ["GPUS=many must be a number"]),
     ("NAME=My_run", ["NAME=My_run", "lower-case"]),
     ("SPOT=1", ["SPOT=1 must be yes or no"]),

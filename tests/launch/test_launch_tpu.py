@@ -292,6 +292,7 @@ def test_tpu_request_says_what_the_job_says(world):
     ("FLAGS+=(--config.data.train=s3://bucket/x.txt)", ["s3fs"]),
     ("BUCKET= FLAGS+=(--config.data.train=/mnt/bucket/x)", ["set BUCKET"]),
     ("WORKDIR=runs/x", ["lost with the slice"]),
+    ("WORKDIR=gs://bucket/x", ["is a bucket", "--config.data.cache_dir=/tmp"]),
     ("FLAGS+=(--config.train.batch_size=12)", ["does not fit 8 devices"]),
     ("FLAGS+=(--config.trian.batch_size=8)", ["trian"]),
     ("HOSTS=3", ["HOSTS=3", "has 2 VMs"]),
