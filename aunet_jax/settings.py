@@ -90,6 +90,9 @@ class StageConfig:
   attention: str = "auto"  # kernel (`attention.py`); auto: by platform
   conv: int = 0  # taps of a causal convolution before attention; 0 = none
   qk_norm: bool = False  # RMSNorm of every query and key before RoPE
+  # Width at which learning rate and first values were found good; a wider stage
+  # then trains well with them (`aunet/width.py`). None = no such scaling.
+  base_dim: int | None = None
 
   def __post_init__(self):
     for name in ("dim", "num_layers", "head_dim", "capacity"):
@@ -115,6 +118,14 @@ class StageConfig:
     _check_range("stage conv", self.conv, 0, 64)
     if self.conv == 1:
       raise ValueError("conv=1 sees no other position; use 2 or more, or 0.")
+    if self.base_dim is not None:
+      _check_range("stage base_dim", self.base_dim, 1, LARGEST_DIM)
+      if self.base_dim % self.head_dim:
+        raise ValueError(
+          f"base_dim={self.base_dim} must be a multiple of "
+          f"head_dim={self.head_dim}: a stage is widened by heads. Try "
+          f"base_dim={-(-self.base_dim // self.head_dim) * self.head_dim}."
+        )
     _check_choice("stage remat", self.remat, REMATS)
     _check_choice("stage attention", self.attention, ATTENTIONS)
 
@@ -129,6 +140,18 @@ class StageConfig:
   @property
   def ffn(self) -> int:
     return swiglu_dim(self.dim) if self.ffn_dim is None else self.ffn_dim
+
+  @property
+  def growth(self) -> float:
+    """How many times as wide as its base model it is."""
+    return 1.0 if self.base_dim is None else self.dim / self.base_dim
+
+  @property
+  def base_ffn(self) -> float:
+    """Feed-forward width of its base model."""
+    if self.ffn_dim is None and self.base_dim is not None:
+      return swiglu_dim(self.base_dim)
+    return self.ffn / self.growth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,26 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _step_kept_between_runs():
+  """Runs in this process that differ in no setting trace their step once."""
+  from aunet_jax.train import loop
+
+  compile_step, kept = loop.compile_step, {}
+
+  def compile_once(config, tx, mesh, shardings, abstract, batch):
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (abstract, batch))
+    key = repr((config.model, config.optimizer, config.train, shapes)), mesh
+    if key not in kept:
+      arguments = (config, tx, mesh, shardings, abstract, batch)
+      kept[key] = compile_step(*arguments)
+    return kept[key]
+
+  loop.compile_step = compile_once
+  yield
+  loop.compile_step = compile_step
+
+
 @pytest.fixture(scope="session")
 def _bucket():
   """One for all tests of a process: the clients remember where it is."""

@@ -159,7 +159,8 @@ class Stack(nn.Module):
     num_layers = self.stage.num_layers
     scanned = nn.scan(
       block,
-      variable_axes={"params": 0, HISTORY: 0},
+      # Intermediates are flax's: kept only where a caller captures them.
+      variable_axes={"params": 0, HISTORY: 0, "intermediates": 0},
       split_rngs={"params": True},
       in_axes=(nn.broadcast, nn.broadcast),
       length=num_layers,

@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aunet_jax.aunet import attention, quantize, sharding
+from aunet_jax.aunet import attention, quantize, sharding, width
 from aunet_jax.aunet.block import Stack
 from aunet_jax.aunet.cache import HISTORY
 from aunet_jax.aunet.heads import Head, Heads
@@ -106,7 +106,7 @@ class AUNet(nn.Module):
       h_BLD = norm(x_BLD)
       h_BLD = h_BLD if config.final_norm else x_BLD
       logits_BLV = project(h_BLD, head_DV.astype(dtype), dtype=jnp.float32)
-      return capped(config, logits_BLV)
+      return finished(config, logits_BLV)
 
     logits_BLV = predict(x_BLD)
     # Parameters exist even when nothing is predicted.
@@ -175,9 +175,10 @@ class AUNet(nn.Module):
     return project(h_BLD, kernel_DP.astype(h_BLD.dtype), dtype=jnp.float32)
 
 
-def capped(config: ModelConfig, logits: jax.Array) -> jax.Array:
-  """c tanh(logits / c), which keeps logits within -c to c."""
-  cap = config.logit_cap
+def finished(config: ModelConfig, logits: jax.Array) -> jax.Array:
+  """With a tied head's scale, then c tanh(logits / c): within -c to c."""
+  scale, cap = width.head_scale(config), config.logit_cap
+  logits = logits if scale == 1 else logits * scale
   return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
@@ -187,7 +188,8 @@ def init_params(config: ModelConfig, key: jax.Array):
   # the kernel, whose devices may not be the ones at hand.
   config = config.with_attention("xla")
   tokens_BL = jnp.zeros((1, 4), jnp.int32)
-  return AUNet(config).init(key, tokens_BL, tokens_BL)["params"]
+  params = AUNet(config).init(key, tokens_BL, tokens_BL)["params"]
+  return width.scale_init(params, config)
 
 
 @functools.cache  # the network is traced for it
@@ -207,18 +209,6 @@ def stack_names(config: ModelConfig) -> dict[str, int]:
     names[f"expand_{i + 1}"] = i
   names["deepest"] = config.num_stages - 1
   return names
-
-
-def stage_of(name: str, config: ModelConfig) -> int:
-  """Index of the stage of a part, by its name at the top of the parameters.
-
-  A transition belongs to its finer stage; what reads or predicts bytes to the
-  byte stage.
-  """
-  if name == "deepest":
-    return config.num_stages - 1
-  number = name.rpartition("_")[2]
-  return int(number) - 1 if number.isdigit() else 0
 
 
 def make_weights(params: dict, config: ModelConfig, int8: bool = False) -> dict:
@@ -282,7 +272,7 @@ def embed(weights, config, byte_C, recent_CM):
 def logits(weights, config, h_CD):
   if config.final_norm:
     h_CD = rms_norm(h_CD, weights["norm"], config.head_eps)
-  return capped(config, matmul(h_CD, weights["head"], jnp.float32))
+  return finished(config, matmul(h_CD, weights["head"], jnp.float32))
 
 
 def ahead(weights, config, k, h_CD, byte_C):

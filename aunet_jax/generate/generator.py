@@ -83,9 +83,6 @@ class Stats(NamedTuple):
   def slots_per_byte(self) -> tuple[float, ...]:
     return tuple(slots / max(1, self.num_bytes) for slots in self.slots)
 
-  def needed_per_byte(self) -> tuple[float, ...]:
-    return tuple(needed / max(1, self.num_bytes) for needed in self.needed)
-
 
 def default_schedule(batch: int, mesh: Mesh | None) -> str:
   """The fastest schedule where docs/generation.md has measured it."""

@@ -14,7 +14,7 @@
       --budgets=1e18,1e19 --sizes=0.5,0.7,1,1.4,2 --data=books/train
 
   # batch and learning rate swept at one budget, to fit laws of one's own
-  python -m aunet_jax.scaling hp runs/sweep --models=aunet2 --budgets=1e14 \\
+  python -m aunet_jax.scaling plan runs/sweep --models=aunet2 --budgets=1e14 \\
       --batch_bytes=8e3,16e3 --learning_rates=0.002,0.004,0.008 --data=books
 
   # run or continue it, two cells at a time; or print a command for each cell
@@ -27,6 +27,13 @@
   # figures and a report of one file; anything that fit reads can be drawn
   python -m aunet_jax.scaling plot runs/study --out=runs/study/report
 
+  # any setting of one config swept: planned, run and drawn by one command
+  python -m aunet_jax.scaling hp --config=configs/quickstart.py \\
+      --set=optimizer.learning_rate=3e-3,6e-3,12e-3 --seeds=3 --study=runs/lr
+
+  # do activations keep their size when a model gets wider?
+  python -m aunet_jax.scaling coords --widths=64,128,256 --output=coords.svg
+
 A run is continued from its checkpoint however it ended, and a cell that is done
 is never run again. docs/scaling.md says what is compared, and how.
 """
@@ -37,270 +44,66 @@ import os
 import platform
 import shlex
 import sys
-from pathlib import Path
 
 import jax
 
+from aunet_jax import config as config_lib
 from aunet_jax import terminal
 from aunet_jax.data import sources
 from aunet_jax.data.tokenizer import Tokenizer
-from aunet_jax.scaling import analysis, collect, laws, report, study, summary
+from aunet_jax.scaling import (
+  analysis,
+  arguments,
+  collect,
+  coords,
+  report,
+  study,
+  summary,
+  sweep,
+)
 from aunet_jax.scaling import plan as plan_lib
 from aunet_jax.scaling import run as run_lib
 from aunet_jax.scaling.sample import Sample
 from aunet_jax.train import step
 
-
-def _numbers(text: str) -> list[float]:
-  try:
-    values = [float(part) for part in text.split(",")]
-  except ValueError:
-    values = []
-  if not values or not all(0 < value < float("inf") for value in values):
-    raise argparse.ArgumentTypeError(
-      f"{text!r} must be numbers above 0, joined by commas"
-    )
-  return values
-
-
-def _seeds(text: str) -> list[int]:
-  parts = text.split(",")
-  if not all(part.isascii() and part.isdigit() for part in parts):
-    raise argparse.ArgumentTypeError(
-      f"{text!r} must be whole numbers from 0, joined by commas"
-    )
-  return [int(part) for part in parts]
-
-
-def _positive(text: str) -> int:
-  if not (text.isascii() and text.isdigit() and int(text)):
-    raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-  return int(text)
-
-
-def _add_plan_arguments(parser, sweeps: bool) -> None:
-  add = parser.add_argument
-  add(
-    "study",
-    type=Path,
-    nargs=None if sweeps else "?",
-    help="directory to write"
-    + ("" if sweeps else "; left out: only show the plan"),
-  )
-  add("--models", required=True, help=plan_lib.MODELS + ", joined by commas")
-  add(
-    "--budgets",
-    required=True,
-    type=_numbers,
-    help="training FLOPs without the output head, joined by commas",
-  )
-  add(
-    "--ratio",
-    type=float,
-    default=laws.SCALING_RATIO,
-    help="data-to-model ratio that sets sizes (default: the paper's 10)",
-  )
-  add("--seeds", type=_seeds, default=[0], help="joined by commas (default 0)")
-  add(
-    "--single_seed_above",
-    type=float,
-    default=float("inf"),
-    metavar="FLOPS",
-    help="budgets above it have only the first seed",
-  )
-  add("--data", help="text to train on, as config.data.train")
-  add("--heldout", help="text to compare on, as config.data.heldout")
-  add("--tokenizer", help="tokenizer.json of bpe models")
-  add(
-    "--row_bytes",
-    type=_positive,
-    default=laws.CAPACITIES[0],
-    help="bytes of a row, the same for all models (default 8192)",
-  )
-  law = "" if sweeps else " (default: the paper's law)"
-  for name, text in (
-    ("--batch_bytes", "bytes of a step"),
-    ("--learning_rates", "one, or several to sweep"),
-  ):
-    add(name, type=_numbers, required=sweeps, default=[None], help=text + law)
-  if not sweeps:
-    add(
-      "--sizes",
-      type=_numbers,
-      default=[1.0],
-      help="IsoFLOP grid: FLOPs per byte over what the ratio asks for",
-    )
-    add(
-      "--laws",
-      metavar="FILE",
-      help="laws of your own by model, JSON; docs/scaling.md shows one",
-    )
-  add(
-    "--set",
-    action="append",
-    default=[],
-    metavar="A.B=VALUE",
-    help="a setting of every config; may be given again",
-  )
-  add(
-    "--flops_per_second",
-    type=float,
-    help="padded FLOPs a second of the machine, for the time it will take",
-  )
-  add(
-    "--calibrate",
-    action="store_true",
-    help="measure that here, on the middle cell",
-  )
-  add("--price_per_hour", type=float, help="of that machine, for the cost")
-
-
-_FITTING = {
-  "fit": (
-    "fit scaling laws to what the runs reached",
-    """Fits scaling laws to a study, with intervals, residuals and warnings.
-
-  # a study directory; --out keeps the table (numbers.jsonl) and fits.json
-  python -m aunet_jax.scaling fit runs/study --out=runs/study/report
-
-  # the same from the table alone, wherever the runs are
-  python -m aunet_jax.scaling fit runs/study/report/numbers.jsonl
-
-  # published points; the five highest losses left out, and listed
-  python -m aunet_jax.scaling fit chinchilla.csv --drop_highest=5
-
-Per model: loss against compute where a budget has one size; where it has
-several, IsoFLOP parabolas and L = E + A/N^alpha + B/D^beta, by the Huber loss
-and by variable projection. A run that is unfinished, diverged, or of other
-data or tokens is excluded with its reason. docs/scaling.md explains each.""",
-  ),
-  "plot": (
-    "draw a study: figures and one HTML report",
-    """Fits as `fit` does, and draws: PNG figures and report.html, one file that
-needs no network and no JavaScript.
-
-  python -m aunet_jax.scaling plot runs/study --out=runs/study/report
-
-  # make a committed study's fits and figures again from its numbers
-  python -m aunet_jax.scaling plot docs/study/numbers.jsonl --out=docs/study
-
-The same numbers and options give the same numbers.jsonl, fits.json and
-report.html, byte for byte.""",
-  ),
-}
-
-
-def _add_fit_arguments(parser, out_required: bool) -> None:
-  add = parser.add_argument
-  add(
-    "source",
-    type=Path,
-    help="a study directory, a numbers.jsonl, or a .csv of published points",
-  )
-  add(
-    "--out",
-    type=Path,
-    required=out_required,
-    metavar="DIR",
-    help="where to write" + ("" if out_required else "; left out: only show"),
-  )
-  defaults = analysis.Options()
-  add(
-    "--size",
-    choices=analysis.SIZES,
-    help="what N counts (default: flops_per_byte where the table has it)",
-  )
-  add(
-    "--bootstrap",
-    type=_positive,
-    default=defaults.bootstrap,
-    help=f"refits behind an interval (default {defaults.bootstrap})",
-  )
-  add(
-    "--seed",
-    type=int,
-    default=defaults.seed,
-    help=f"of the resampling (default {defaults.seed})",
-  )
-  add(
-    "--drop",
-    default="",
-    metavar="ID,…",
-    help="runs to leave out of the fits; the report lists them",
-  )
-  add(
-    "--drop_highest",
-    type=int,
-    default=0,
-    metavar="N",
-    help="leave out the N highest losses of every model, and list them",
-  )
-  add(
-    "--drop_flagged",
-    action="store_true",
-    help="leave out what a published table marks in its column `outlier`",
-  )
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="python -m aunet_jax.scaling",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
-  commands = parser.add_subparsers(dest="command", required=True)
-
-  def add(name, text):
-    return commands.add_parser(name, help=text, allow_abbrev=False)
-
-  text = "plan models x budgets x sizes x seeds"
-  _add_plan_arguments(add("plan", text), sweeps=False)
-  text = "plan a sweep of batch and learning rate"
-  _add_plan_arguments(add("hp", text), sweeps=True)
-  run = add("run", "run the cells of a study")
-  run.add_argument("study", type=Path, help="a directory that plan has written")
-  run.add_argument(
-    "--jobs", type=_positive, default=1, help="cells at a time (default 1)"
-  )
-  run.add_argument(
-    "--only", default="", metavar="PART,…", help="only ids with such a part"
-  )
-  run.add_argument("--retry", action="store_true", help="failed cells as well")
-  run.add_argument(
-    "--minutes",
-    type=float,
-    help="stop after so long; the next run goes on from there",
-  )
-  run.add_argument(
-    "--print",
-    action="store_true",
-    help="only print a training command for every cell that is not done",
-  )
-  terminal.add_trust_rules(run)
-  for name, (text, about) in _FITTING.items():
-    _add_fit_arguments(
-      commands.add_parser(
-        name,
-        help=text,
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-      ),
-      out_required=name == "plot",
-    )
-  return parser
-
-
 # ----- plan -----------------------------------------------------------------
+
+
+def _check_positive(args: argparse.Namespace, *names: str) -> None:
+  for name in names:
+    value = getattr(args, name)
+    if value is not None and not 0 < value < float("inf"):
+      raise ValueError(f"--{name}={value} must be above 0.")
+
+
+def _show(args: argparse.Namespace, planned) -> float | None:
+  """Prints cells and cost; returns the FLOPs a second of the machine."""
+  speed = args.flops_per_second
+  if args.calibrate:
+    by_cost = sorted(planned, key=lambda one: one.run.padded_flops)
+    run, config = by_cost[len(by_cost) // 2]
+    print(f"measuring a step of {run.id} …", file=sys.stderr, flush=True)
+    speed = step.measure_flops_per_second(config)
+    print(f"measured {speed:.3g} padded FLOPs a second on {run.id}")
+  print(plan_lib.show([run for run, _ in planned], speed, args.price_per_hour))
+  return speed
+
+
+def _about(**fields) -> study.About:
+  return study.About(
+    command=shlex.join(["python", "-m", "aunet_jax.scaling", *sys.argv[1:]]),
+    versions={
+      "python": platform.python_version(),
+      "jax": jax.__version__,
+      "aunet_jax": importlib.metadata.version("aunet_jax"),
+    },
+    **fields,
+  )
 
 
 def plan(args: argparse.Namespace) -> None:
   """Shows a plan; writes it where a directory is given."""
-  for name in ("ratio", "flops_per_second", "price_per_hour"):
-    value = getattr(args, name)
-    if value is not None and not 0 < value < float("inf"):
-      raise ValueError(f"--{name}={value} must be above 0.")
+  _check_positive(args, "ratio", "flops_per_second", "price_per_hour")
   if args.study is not None and args.data is None:
     raise ValueError("--data is missing: name the text the study trains on.")
   data = sources.absolute(args.data)
@@ -315,46 +118,32 @@ def plan(args: argparse.Namespace) -> None:
     set_fields.get("data.text_field", "text"),
     set_fields.get("data.separator"),
   )
-  path = getattr(args, "laws", None)
   grid = plan_lib.Grid(
     models=args.models.split(","),
     budgets=args.budgets,
-    sizes=getattr(args, "sizes", [1.0]),
+    sizes=args.sizes,
     ratio=args.ratio,
     seeds=args.seeds,
     single_seed_above=args.single_seed_above,
     batch_bytes=args.batch_bytes,
     learning_rates=args.learning_rates,
-    own_laws={} if path is None else plan_lib.read_laws(path),
+    own_laws={} if args.laws is None else plan_lib.read_laws(args.laws),
   )
   settings = plan_lib.Settings(
     data, sources.absolute(args.heldout), tuple(args.set)
   )
   planned = plan_lib.make_runs(grid, sample, settings.apply)
-  speed = args.flops_per_second
-  if args.calibrate:
-    by_cost = sorted(planned, key=lambda one: one.run.padded_flops)
-    run, config = by_cost[len(by_cost) // 2]
-    print(f"measuring a step of {run.id} …", file=sys.stderr, flush=True)
-    speed = step.measure_flops_per_second(config)
-    print(f"measured {speed:.3g} padded FLOPs a second on {run.id}")
-  print(plan_lib.show([run for run, _ in planned], speed, args.price_per_hour))
+  speed = _show(args, planned)
   for line in plan_lib.warnings_of(grid):
     print(f"warning: {line}")
   if args.study is None:
     return
-  about = study.About(
-    command=shlex.join(["python", "-m", "aunet_jax.scaling", *sys.argv[1:]]),
+  about = _about(
     data=data,
     data_fingerprint=sample.fingerprint,
     tokenizer=None if tokenizer is None else tokenizer.path,
     ratio=args.ratio,
     flops_per_second=speed,
-    versions={
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "aunet_jax": importlib.metadata.version("aunet_jax"),
-    },
     cells=tuple(run.id for run, _ in planned),
   )
   plan_lib.write(args.study, planned, about)
@@ -366,20 +155,23 @@ def plan(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Exit status: 0 all done, 1 some failed, EXIT_STOPPED some are left."""
-  if args.minutes is not None and not args.minutes > 0:
-    raise ValueError(f"--minutes={args.minutes} must be above 0.")
-  only = [part for part in args.only.split(",") if part]
   flags = ["--trust_rules"] if args.trust_rules else []
   if args.print:
+    only = [part for part in args.only.split(",") if part]
     for one in study.read_study(args.study)[1]:
       state = study.read_state(args.study / one.run).state
       if run_lib.matches(one, only) and state != "done":
         print(shlex.join([*run_lib.command(one, args.study), *flags]))
     return 0
+  return _run(args, flags)
+
+
+def _run(args: argparse.Namespace, flags: list[str]) -> int:
+  _check_positive(args, "minutes")
   result = run_lib.run(
     args.study,
     jobs=args.jobs,
-    only=only,
+    only=[part for part in args.only.split(",") if part],
     retry=args.retry,
     seconds=None if args.minutes is None else 60 * args.minutes,
     flags=flags,
@@ -390,6 +182,49 @@ def run(args: argparse.Namespace) -> int:
     print("--retry runs failed cells again; log.txt in a cell says why it did.")
     return terminal.EXIT_FAILED
   return terminal.EXIT_STOPPED if result["waiting"] else 0
+
+
+# ----- one config: a sweep, a check of widths -------------------------------
+
+
+def hp(args: argparse.Namespace, rest: list[str]) -> int:
+  """Plans a sweep, runs what of it is left, and shows it; status as `run`."""
+  _check_positive(args, "minutes", "flops_per_second", "price_per_hour")
+  config = config_lib.parse_flags(rest)
+  axes = sweep.parse_axes(args.set, args.case)
+  cells = sweep.make_cells(config, axes, args.seeds)
+  speed = _show(args, cells.planned)
+  if args.study is None or args.dry_run:
+    print("nothing was written; --study=DIR, without --dry-run, runs it.")
+    return 0
+  sweep.write(args.study, cells, _about(cells=(), flops_per_second=speed))
+  status = _run(args, ["--trust_rules"] if "--trust_rules" in rest else [])
+  print(sweep.report(args.study))
+  return status
+
+
+def check_widths(args: argparse.Namespace, rest: list[str]) -> None:
+  """The coordinate check: shows it, and writes its picture."""
+  if args.output is not None and args.output.suffix != ".svg":
+    raise ValueError(f"--output={args.output} must end with .svg.")
+  if any(arg.partition("=")[0] == "--config" for arg in rest):
+    config = config_lib.parse_flags(rest)
+  else:
+    other = [arg for arg in rest if not arg.startswith("--config.")]
+    if other:
+      raise ValueError(f"unknown arguments: {' '.join(other)}")
+    config = config_lib.override(
+      coords.small(), [arg.removeprefix("--config.") for arg in rest]
+    )
+
+  def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+  result = coords.check(config, args.widths, args.steps, args.seeds, say)
+  print(coords.as_json(result) if args.json else coords.show(result))
+  if args.output is not None:
+    coords.write(result, args.output)
+    say(f"wrote {args.output}")
 
 
 # ----- fit and plot ---------------------------------------------------------
@@ -423,10 +258,16 @@ def fit(args: argparse.Namespace) -> None:
 
 @terminal.command
 def main(argv: list[str] | None = None) -> int | None:
-  args = _parser().parse_args(argv)
+  parser = arguments.parser(__doc__)
+  args, rest = parser.parse_known_args(argv)
+  of_config = {"hp": hp, "coords": check_widths}
+  if args.command in of_config:
+    return of_config[args.command](args, rest)
+  if rest:
+    parser.error(f"unrecognized arguments: {' '.join(rest)}")
   if args.command == "run":
     return run(args)
-  return fit(args) if args.command in _FITTING else plan(args)
+  return fit(args) if args.command in arguments.FITTING else plan(args)
 
 
 if __name__ == "__main__":

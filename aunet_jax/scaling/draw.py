@@ -370,6 +370,25 @@ def svg(chart: Chart) -> str:
   return "\n".join([*out, *legend, "</svg>"])
 
 
+def sheet(charts: Sequence[Chart], columns: int = 2) -> str:
+  """Several charts as one SVG, row by row."""
+  drawn = [svg(chart) for chart in charts]
+  heights = [float(text.split('"', 4)[3].split()[3]) for text in drawn]
+  out, top = [], 0.0
+  for first in range(0, len(drawn), columns):
+    row = heights[first : first + columns]
+    for i, height in enumerate(row):
+      place = (
+        f'<svg x="{i * WIDTH}" y="{_f(top)}" width="{WIDTH}" '
+        f'height="{_f(height)}" '
+      )
+      out.append(drawn[first + i].replace("<svg ", place, 1))
+    top += max(row)
+  size = f"0 0 {columns * WIDTH} {_f(top)}"
+  head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}">'
+  return "\n".join([head, *out, "</svg>"]) + "\n"
+
+
 # ----- PNG ------------------------------------------------------------------
 
 

@@ -400,8 +400,8 @@ def warnings_of(grid: Grid) -> list[str]:
     lines.append(
       f"batch and learning rate extrapolate the paper's laws from about "
       f"{LEAST_COMPUTE_OF_LAWS:.0e} down to {min(small):.3g} FLOPs; sweep them "
-      f"with `hp`, and give what you find as --laws, or --batch_bytes and "
-      f"--learning_rates."
+      f"(several --batch_bytes and --learning_rates), and give what you find "
+      f"as --laws, or one of each."
     )
   unlawful = sorted(papers - {"bpe", "aunet2", "aunet3"})
   if unlawful:
@@ -425,6 +425,13 @@ def write(directory: Path, planned: Sequence[Planned], about: About) -> None:
       f"{directory} holds a study already; `run` continues it. Use another "
       f"directory for another plan."
     )
+  write_cells(directory, planned, about)
+
+
+def write_cells(
+  directory: Path, planned: Sequence[Planned], about: About
+) -> None:
+  """As `write`, whatever is there."""
   for run, config in planned:
     study.write_run(directory, run, config.to_json())
   # Last: a plan that was cut short is no study.

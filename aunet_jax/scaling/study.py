@@ -96,6 +96,7 @@ class About:
   ratio: float | None = None
   flops_per_second: float | None = None
   versions: dict | None = None
+  swept: dict | None = None  # of a sweep: setting -> value, by id
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

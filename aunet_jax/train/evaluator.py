@@ -1,18 +1,27 @@
 """Held-out text, evaluated while a model trains."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 
 from aunet_jax.aunet import sharding
 from aunet_jax.aunet.network import AUNet
-from aunet_jax.config import Config
+from aunet_jax.config import Config, ModelConfig
 from aunet_jax.data import corpora, loader
 from aunet_jax.evaluate import bits_per_byte
 
 
 class _Stopped(Exception):
   """Carries a stop past the sums of the batches before it."""
+
+
+@functools.cache  # the network is traced for it
+def _eval_step(config: ModelConfig, mesh: jax.sharding.Mesh) -> Callable:
+  return jax.jit(
+    bits_per_byte.make_eval_step(AUNet(config)),
+    out_shardings=sharding.replicated(mesh),
+  )
 
 
 class Evaluator:
@@ -25,10 +34,7 @@ class Evaluator:
     mesh: jax.sharding.Mesh,
   ):
     self._config, self._heldout, self._mesh = config.train, heldout, mesh
-    self._step = jax.jit(
-      bits_per_byte.make_eval_step(AUNet(config.model)),
-      out_shardings=sharding.replicated(mesh),
-    )
+    self._step = _eval_step(config.model, mesh)
 
   def due(self, step: int) -> bool:
     if self._heldout is None:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from aunet_jax.aunet.network import abstract_params, stage_of
+from aunet_jax.aunet import width
+from aunet_jax.aunet.network import abstract_params
 from aunet_jax.config import Config, ModelConfig, OptimizerConfig
 
 
@@ -54,24 +55,13 @@ def learning_rate_schedule(
 def matrices(model: ModelConfig) -> dict:
   """Which parameters are matrices, and along which of their dims.
 
-  Read off the logical dims that parameters are made with: "embed" is the
-  residual width; layers of a stack and offsets of an upsampling are matrices
-  of their own; heads belong to one matrix. Tables of bytes or of offsets, the
-  head and norms are none.
-
   Returns: a tree like the parameters of MuonDimensionNumbers, None for the
-    parameters that are no matrices.
+    parameters that are no matrices; see `width.matrix_dims`.
   """
 
   def dimensions(box):
-    dims = [
-      i for i, name in enumerate(box.names) if name not in ("layers", "offset")
-    ]
-    names = [box.names[i] for i in dims]
-    if len(dims) < 2 or "embed" not in names:
-      return None
-    cut = 1 if names[0] == "embed" else -1
-    return contrib.MuonDimensionNumbers(tuple(dims[:cut]), tuple(dims[cut:]))
+    dims = width.matrix_dims(box)
+    return None if dims is None else contrib.MuonDimensionNumbers(*dims)
 
   return jax.tree.map(
     dimensions,
@@ -104,15 +94,20 @@ def factors(config: Config) -> dict:
   decays = ones if settings.stage_decay is None else settings.stage_decay
   of_kind = {"embeddings": settings.embedding_lr, "head": settings.head_lr}
 
-  def of(path, _):
+  params = abstract_params(model)
+
+  def of(path, _, scales):
     names = [key.key for key in path]
-    stage, kind = stage_of(names[0], model), _kind(names)
+    stage, kind = width.stage_of(names[0], model), _kind(names)
+    by_width = getattr(scales, settings.name)
     decay = 0.0 if kind in settings.undecayed else decays[stage]
-    return Factors(rates[stage] * of_kind.get(kind, 1.0), decay)
+    rate = rates[stage] * of_kind.get(kind, 1.0) * by_width
+    return Factors(rate, decay / by_width)
 
   return jax.tree_util.tree_map_with_path(
     of,
-    abstract_params(model),
+    params,
+    width.scales(params, model),
     is_leaf=lambda x: isinstance(x, nn.Partitioned),
   )
 

@@ -41,6 +41,8 @@ class Recorder:
     """Records the steps after `step`, instead of any that are still to come."""
     if not self._running:
       self._steps = (step + 1, step + REQUESTED_STEPS)
+      if jax.process_index() == 0:
+        self._request.unlink(missing_ok=True)
 
   def before(self, step: int) -> None:
     if self._steps is not None and not self._running:
@@ -59,8 +61,6 @@ class Recorder:
       jax.profiler.stop_trace()
       self._running, self._steps = False, None
       self._mirror.put()
-      if self._listens and jax.process_index() == 0:
-        self._request.unlink(missing_ok=True)
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:

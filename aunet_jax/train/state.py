@@ -1,5 +1,7 @@
 """Everything a training step reads and writes, and where it lives."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import fields
 
 import flax.linen as nn
@@ -70,14 +72,18 @@ def create_state(
   seed: int,
 ) -> TrainState:
   """A fresh TrainState, each shard initialised where it will live."""
-  _, shardings = abstract_state(config, optimizer, mesh)
-
-  def init():
-    params = init_params(config, jax.random.key(seed))
-    return sharding.unbox(_begin(params, optimizer))
-
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    return jax.jit(init, out_shardings=shardings)()
+    params = _init(config, mesh)(jax.random.key(seed))
+  return with_params(params, config, optimizer, mesh)
+
+
+@functools.cache  # the network is traced for it
+def _init(config: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], dict]:
+  """Parameters of a key, sharded."""
+  return jax.jit(
+    lambda key: sharding.unbox(init_params(config, key)),
+    out_shardings=sharding.tree_shardings(abstract_params(config), mesh),
+  )
 
 
 def with_params(

@@ -1,5 +1,7 @@
 """Charts: ticks are round, and marks differ."""
 
+from xml.etree import ElementTree
+
 import pytest
 
 from aunet_jax.scaling import draw
@@ -23,3 +25,14 @@ def test_models_differ_without_colour_too():
 )
 def test_ticks_are_round_numbers_within_the_axis(low, high, log, expected):
   assert draw.ticks(low, high, log) == pytest.approx(expected)
+
+
+def test_a_sheet_sets_charts_side_by_side():
+  chart = draw.Chart("a", "A", "", "x", "y", [draw.Series("s", [1, 2], [1, 2])])
+  text = draw.sheet([chart, chart, chart])
+  assert text.count("<svg") == 4
+  assert f'<svg x="{draw.WIDTH}" y="0.0"' in text
+  root = ElementTree.fromstring(text)
+  first, second, third = root
+  assert float(third.get("y")) == float(first.get("height"))
+  assert root.get("viewBox").split()[2] == str(2 * draw.WIDTH)

@@ -77,15 +77,12 @@ def test_isoflop_cells_spend_one_budget_on_several_sizes():
       assert spent == pytest.approx(1e18, rel=0.01)
 
 
-def test_a_sweep_has_a_cell_for_every_batch_and_rate(tmp_path, text, capsys):
+def test_a_sweep_has_a_cell_for_every_batch_and_rate(tmp_path, text):
   study = tmp_path / "hp"
-  flags = (f"--models={MODEL}", "--budgets=1e9", f"--data={text}")
   sweep = ("--batch_bytes=512,1024", "--learning_rates=0.001,0.002")
-  with pytest.raises(SystemExit):
-    scaling_main.main(["hp", str(study), *flags])
-  capsys.readouterr()
-  own = ("--models=aunet2", *flags[1:], "--row_bytes=64", "--ratio=1e-8")
-  assert scaling_main.main(["hp", str(study), *own, *sweep]) == 0
+  own = ("--models=aunet2", "--budgets=1e9", f"--data={text}")
+  own += ("--row_bytes=64", "--ratio=1e-8")
+  assert plan(study, *own, *sweep) == 0
   _, runs = read_study(study)
   pairs = {(run.batch_bytes, run.learning_rate) for run in runs}
   assert len(pairs) == len(runs) == 4

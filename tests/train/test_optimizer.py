@@ -206,9 +206,9 @@ def test_a_frozen_stage_does_not_move_and_costs_nothing(leaves, name):
   batch = random_batch()
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
     after, metrics = jax.jit(make_train_step(config, tx))(start, batch)
-    (_, _), grads = jax.value_and_grad(loss_sums, argnums=1, has_aux=True)(
-      AUNet(config.model), start.params, batch, metrics["targets"]
-    )
+    (_, _), grads = jax.jit(
+      jax.value_and_grad(loss_sums, argnums=1, has_aux=True), static_argnums=0
+    )(AUNet(config.model), start.params, batch, metrics["targets"])
   moved = {
     path: bool((x != y).any())
     for (path, x), y in zip(

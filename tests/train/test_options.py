@@ -38,6 +38,10 @@ MODEL = {
   "tie_embeddings": ["model.tie_embeddings=True"],
   "heads": ["model.heads=3", "model.heads_loss_weight=0.5"],
 }
+# Of model and training.
+WIDTH = {
+  "base_dim": ["model.stages[0].base_dim=16", "model.stages[1].base_dim=16"]
+}
 # Of training.
 TRAINING = {
   "muon": ["optimizer.name=muon"],
@@ -57,7 +61,7 @@ def rows_of(*groups):
   return [pytest.param(together, id="all"), *each]
 
 
-each_model = pytest.mark.parametrize("settings", rows_of(MODEL))
+each_model = pytest.mark.parametrize("settings", rows_of(MODEL, WIDTH))
 
 
 def tiny(settings) -> config_lib.Config:
@@ -166,7 +170,7 @@ def test_parameters_are_counted(settings):
 
 
 @pytest.mark.slow  # a step for eight devices takes long to compile
-@pytest.mark.parametrize("settings", rows_of(MODEL, TRAINING))
+@pytest.mark.parametrize("settings", rows_of(MODEL, WIDTH, TRAINING))
 def test_losses_do_not_depend_on_the_mesh(settings):
   config = tiny([*settings, "train.num_steps=9"])
   tx = optimizer.make_optimizer(config)
@@ -198,7 +202,7 @@ def test_losses_do_not_depend_on_the_mesh(settings):
 
 
 @pytest.mark.slow  # two starts of the command, each compiles
-@pytest.mark.parametrize("settings", rows_of(MODEL, TRAINING))
+@pytest.mark.parametrize("settings", rows_of(MODEL, WIDTH, TRAINING))
 def test_a_run_resumes_bit_for_bit(settings, tmp_path):
   (tmp_path / "text.txt").write_text("the cat sat on the mat, again. " * 300)
   run = tmp_path / "run"
