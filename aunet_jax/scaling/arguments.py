@@ -209,7 +209,7 @@ _COORDS = """Checks whether activations keep their size over widths.
       --config.optimizer.name=muon --widths=96,192 --output=coords.svg
 
 Every width of the byte stage, the other stages in proportion, trains for a
-few steps on the same text, without `base_dim` and with the narrowest width as
+few steps on one batch, without `base_dim` and with the narrowest width as
 it. Shown is mean |x| of what each part gives, and how far it has moved since
 step 0; with a scaling that is right, both are flat over widths. docs/recipe.md
 has results."""

@@ -1,10 +1,10 @@
 """The coordinate check: do activations keep their size as stages get wider?
 
-Models of growing width train for a few steps at one learning rate, on the same
-text. After each step the mean |x| of what every part gives is measured, and how
-far it has moved since step 0, mean |x - x_0| (muP, arXiv 2203.03466, Appendix
-D.1). With a scaling by width that is right, both are as flat over widths as
-chance allows; without it they grow.
+Models of growing width train for a few steps at one learning rate, always on
+the same batch. After each step the mean |x| of what every part gives is
+measured, and how far it has moved since step 0, mean |x - x_0| (muP, arXiv
+2203.03466, Appendix D.1). With a scaling by width that is right, both are as
+flat over widths as chance allows; without it they grow.
 """
 
 import dataclasses
@@ -21,13 +21,15 @@ import numpy as np
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import AUNet, sharding
 from aunet_jax.aunet.block import Stack, SwiGLU
+from aunet_jax.aunet.network import init_params
 from aunet_jax.aunet.self_attention import SelfAttention
 from aunet_jax.config import Config, ModelConfig
 from aunet_jax.data import packing, sources
 from aunet_jax.files import write_whole
 from aunet_jax.scaling import draw
 from aunet_jax.splitting.splitter import Splitter
-from aunet_jax.train import optimizer, state
+from aunet_jax.train import optimizer
+from aunet_jax.train.state import TrainState
 from aunet_jax.train.step import make_train_step
 
 _LAYERS = {SelfAttention.NAME: "attention", "ffn": "feed-forward"}
@@ -89,33 +91,40 @@ def widened(model: ModelConfig, width: int, base: int | None) -> ModelConfig:
   return dataclasses.replace(model, stages=tuple(stages))
 
 
-def batches(config: Config, number: int) -> list[dict[str, np.ndarray]]:
-  """Batches of the config's text, none twice.
+def _paths(train) -> str | list[str]:
+  """Of `data.train`, whatever the weights."""
+  if isinstance(train, str):
+    return train
+  found = [item["path"] if isinstance(item, dict) else item for item in train]
+  lists = [[path] if isinstance(path, str) else path for path in found]
+  return [path for some in lists for path in some]
+
+
+def first_batch(config: Config) -> dict[str, np.ndarray]:
+  """A batch of the config's text.
 
   Raises: ValueError where there is too little of it.
   """
-  model, rows = config.model, config.train.batch_size
-  data = config.data
-  wanted = 2 * (number + 1) * rows * model.capacities[0]
-  paths = data.train if isinstance(data.train, str | list) else [data.train]
+  model, rows, data = config.model, config.train.batch_size, config.data
   texts = sources.sample(
-    paths, data.text_field, wanted, lambda skip: None, data.separator
+    _paths(data.train),
+    data.text_field,
+    4 * rows * model.capacities[0],
+    lambda skip: None,
+    data.separator,
   )
-  splitter = Splitter(model.rules)
-  packed = packing.pack_documents(texts, splitter, model.capacities)
-  if len(packed) < number * rows:
+  packed = packing.pack_documents(
+    texts, Splitter(model.rules), model.capacities
+  )
+  if len(packed) < rows:
     raise ValueError(
-      f"{number} batches of {rows} rows need more text than the "
+      f"train.batch_size={rows} rows need more text than the "
       f"{sum(map(len, texts)):,} bytes of data.train={data.train!r}; use fewer "
-      f"--steps or other text."
+      f"rows or other text."
     )
-  return [
-    {
-      name: np.stack([row[name] for row in packed[i * rows : (i + 1) * rows]])
-      for name in packed[0]
-    }
-    for i in range(number)
-  ]
+  return {
+    name: np.stack([row[name] for row in packed[:rows]]) for name in packed[0]
+  }
 
 
 # ----- one model ------------------------------------------------------------
@@ -145,35 +154,47 @@ def activations(params: dict, model: ModelConfig, batch: dict) -> dict:
 
 
 def measure(
-  config: Config, text: Sequence[dict], seed: int
+  config: Config, batch: dict, num_seeds: int
 ) -> dict[str, np.ndarray]:
-  """Sizes of a model's activations while it trains.
+  """Sizes of a model's activations of a batch while it learns that batch.
 
-  Args: text: batches; the first is looked at, the others are learned.
-  Returns: by part, (steps + 1, 2): mean |x| and mean |x - x_0|.
+  Returns: by part, (steps + 1, 2): mean |x| and mean |x - x_0|, over seeds.
   """
-  mesh = sharding.make_mesh(config.mesh)
-  tx = optimizer.make_optimizer(config)
-  train_state = state.create_state(config.model, tx, mesh, seed)
-  probe, *rest = text
+  model, tx = config.model, optimizer.make_optimizer(config)
+
+  @jax.jit
+  def begin(key):
+    params, zero = sharding.unbox(init_params(model, key)), jnp.int32(0)
+    return TrainState(zero, params, tx.init(params), zero, zero)
+
+  @jax.jit
+  def look(params):
+    return activations(params, model, batch)
+
+  @jax.jit
+  def sizes(now, first):
+    return jax.tree.map(
+      lambda x, y: jnp.stack([jnp.abs(x).mean(), jnp.abs(x - y).mean()]),
+      now,
+      first,
+    )
+
+  found = []
+  mesh = sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
     step = jax.jit(make_train_step(config, tx), donate_argnums=0)
-    look = jax.jit(lambda params: activations(params, config.model, probe))
-
-    @jax.jit
-    def sizes(now, first):
-      return jax.tree.map(
-        lambda x, y: jnp.stack([jnp.abs(x).mean(), jnp.abs(x - y).mean()]),
-        now,
-        first,
-      )
-
-    first = look(train_state.params)
-    found = [jax.device_get(sizes(first, first))]
-    for batch in rest:
-      train_state, _ = step(train_state, batch)
-      found.append(jax.device_get(sizes(look(train_state.params), first)))
-  return {part: np.stack([one[part] for one in found]) for part in found[0]}
+    for seed in range(num_seeds):
+      train_state = begin(jax.random.key(seed))
+      first = look(train_state.params)
+      rows = [sizes(first, first)]
+      for _ in range(config.train.num_steps):
+        train_state, _ = step(train_state, batch)
+        rows.append(sizes(look(train_state.params), first))
+      found.append(jax.device_get(rows))
+  return {
+    part: np.mean([[row[part] for row in rows] for rows in found], axis=0)
+    for part in found[0][0]
+  }
 
 
 # ----- over widths ----------------------------------------------------------
@@ -232,14 +253,12 @@ def check(
     ],
   )
   planned = list(cases(config, widths, min(widths)))
-  text = batches(config, num_steps + 1)
+  batch = first_batch(config)
   sizes = {}
   for number, (case, one) in enumerate(planned, start=1):
-    found = [measure(one, text, seed) for seed in range(num_seeds)]
+    for part, x in measure(one, batch, num_seeds).items():
+      sizes.setdefault(case, {}).setdefault(part, []).append(x)
     say(f"{number}/{len(planned)}: {one.model.stages[0].dim} {CASES[case]}")
-    for part in found[0]:
-      mean = np.mean([sizes_of[part] for sizes_of in found], axis=0)
-      sizes.setdefault(case, {}).setdefault(part, []).append(mean)
   return Check(
     tuple(widths),
     num_seeds,

@@ -65,9 +65,11 @@ def parse_axes(sets: Sequence[str], cases: Sequence[str]) -> list[Axis]:
     axes.append(Axis(name, {v: (f"{name}={v}",) for v in found}))
   points = {}
   for text in cases:
-    settings = shlex.split(text)
-    named = settings and settings[0].endswith(":")
-    name = settings.pop(0)[:-1] if named else " ".join(map(_short, settings))
+    name, colon, rest = text.partition(":")
+    if not colon or "=" in name:
+      name, rest = "", text
+    settings = shlex.split(rest)
+    name = name.strip() or " ".join(map(_short, settings))
     if not settings or not all("=" in setting for setting in settings):
       raise ValueError(
         f"--case={text!r}: write settings that go together, such as "
@@ -134,7 +136,10 @@ def make_cells(config: Config, axes: Sequence[Axis], seeds: int) -> Cells:
       except ValueError as error:
         raise ValueError(f"{run_id}: {error}") from None
       paths = (_absolute(p) for p in (one.data.train, one.data.heldout))
-      one = plan.Settings(*paths).apply(one, run_id)
+      # A row of the log is the mean of several steps: whether a run diverged
+      # is judged by it.
+      often = f"train.log_every_steps={max(1, one.train.num_steps // 20)}"
+      one = plan.Settings(*paths, [often]).apply(one, run_id)
       made.append((run_id, label, one))
       swept[run_id] = values
   counts = collections.Counter(run_id for run_id, _, _ in made)

@@ -38,7 +38,7 @@ def test_activations_are_those_of_the_parts():
   model = dataclasses.replace(config.model)
   init = jax.jit(network.init_params, static_argnums=0)
   params = sharding.unbox(init(model, jax.random.key(0)))
-  (batch,) = coords.batches(config, 1)
+  batch = coords.first_batch(config)
   found = coords.activations(params, model, batch)
   assert found.keys() == PARTS
   B, L = batch["bytes"].shape
@@ -57,7 +57,7 @@ def test_text_that_is_too_short_is_named(tmp_path):
   flag = f"--config.data.train={tmp_path / 'a.txt'}"
   config = config_lib.parse_flags([TINY, flag])
   with pytest.raises(ValueError, match="need more text than the 9 bytes"):
-    coords.batches(config, 2)
+    coords.first_batch(config)
 
 
 def fake(growth) -> coords.Check:

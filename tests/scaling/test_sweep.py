@@ -46,13 +46,13 @@ def test_values_and_cases_are_read():
       {"0,1": ("optimizer.stage_lr=0,1",), "1,1": ("optimizer.stage_lr=1,1",)},
     )
   ]
-  named = "wide: model.stages[0].dim=64 model.stages[1].dim=128"
+  named = "wide one: model.stages[0].dim=64 model.stages[1].dim=128"
   bare = "model.stages[0].dim=32 optimizer.name=muon"
   assert axes([], [named, bare]) == [
     (
       "case",
       {
-        "wide": ("model.stages[0].dim=64", "model.stages[1].dim=128"),
+        "wide one": ("model.stages[0].dim=64", "model.stages[1].dim=128"),
         "stages[0].dim=32 name=muon": tuple(bare.split()),
       },
     )
