@@ -207,14 +207,11 @@ def main(argv: list[str] | None = None) -> None:
       file = stack.enter_context(written_whole(args.output))
     mesh = sharding.make_mesh(MeshConfig())
     loaded = load.load(args.workdir, mesh, args.trust_rules)
-    if loaded.tokenizer is not None:
-      raise ValueError(
-        f"{args.workdir} holds a model of tokens; tasks are for models of "
-        f"bytes."
+    generator = None
+    if loaded.tokenizer is None:  # a model of tokens scores, and writes nothing
+      generator = Generator(
+        loaded.config.model, loaded.params, loaded.splitter, mesh=mesh
       )
-    generator = Generator(
-      loaded.config.model, loaded.params, loaded.splitter, mesh=mesh
-    )
 
     def write(prompts, writing):
       settings = Sampling(

@@ -3,6 +3,7 @@
 Letters: B rows, L positions, N stages, Z splitting automaton states.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,11 +38,19 @@ class Rows(NamedTuple):
     return tuple(np.minimum.accumulate(sizes).tolist())
 
 
-def make_rows(texts: list[bytes], splitter, num_stages: int) -> Rows:
-  """Splits texts on the host, where nothing can be dropped unseen."""
+def make_rows(
+  texts: Sequence[bytes | np.ndarray],
+  splitter,
+  num_stages: int,
+  bos: int = BOS,
+) -> Rows:
+  """Splits texts on the host, where nothing can be dropped unseen.
+
+  Args: texts: bytes or, of a model of one stage, ids of tokens. bos: its id.
+  """
   B = len(texts)
   L = bucket(max(len(text) for text in texts) + 1)
-  bytes_BL = np.full((B, L), BOS, np.int32)
+  bytes_BL = np.full((B, L), bos, np.int32)
   levels_BL = np.zeros((B, L), np.int8)
   levels_BL[:, 0] = num_stages - 1
   documents_BL = np.zeros((B, L), np.int32)
@@ -50,9 +59,12 @@ def make_rows(texts: list[bytes], splitter, num_stages: int) -> Rows:
   states = []
   for b, text in enumerate(texts):
     size = len(text) + 1
-    levels, end = splitter.scan(np.frombuffer(text, np.uint8), splitter.start)
+    levels, end = 0, splitter.start
+    if isinstance(text, bytes):
+      text = np.frombuffer(text, np.uint8)
+      levels, end = splitter.scan(text, end)
     states.append(np.asarray(end, np.int32))
-    bytes_BL[b, 1:size] = np.frombuffer(text, np.uint8)
+    bytes_BL[b, 1:size] = text
     levels_BL[b, 1:size] = levels
     documents_BL[b, :size] = 1
     levels = levels_BL[b, :size]

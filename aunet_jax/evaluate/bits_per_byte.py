@@ -7,6 +7,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -127,6 +128,24 @@ class Sums:
     }
 
 
+class Units(NamedTuple):
+  """What a model reads: bytes, or tokens."""
+
+  ids: tuple[int, int]  # of BOS and EOS
+  sizes: np.ndarray  # int32: text bytes of every id; 0 of BOS and EOS
+  read: Callable[[bytes], np.ndarray]  # the ids of a text
+
+
+def units_of(loaded: load.Loaded) -> Units:
+  tokenizer = loaded.tokenizer
+  if tokenizer is not None:
+    ids = tokenizer.bos, tokenizer.eos
+    return Units(ids, tokenizer.num_bytes, tokenizer.encode)
+  sizes = np.ones(loaded.model.config.vocab_size, np.int32)
+  sizes[[BOS, EOS]] = 0
+  return Units((BOS, EOS), sizes, lambda text: np.frombuffer(text, np.uint8))
+
+
 def score_windows(
   model: AUNet,
   params,
@@ -241,12 +260,9 @@ def evaluate_workdir(
   if int8:
     params = network.round_params(params, model.config)
   began = time.perf_counter()
-  ids, unit_bytes = (BOS, EOS), np.ones(model.config.vocab_size, np.int32)
-  unit_bytes[list(ids)] = 0
-  if tokenizer is not None:
-    ids, unit_bytes = (tokenizer.bos, tokenizer.eos), tokenizer.num_bytes
+  units = units_of(loaded)
   if answers:
-    unit_bytes[roles.END] = 0
+    units.sizes[roles.END] = 0
   with tempfile.TemporaryDirectory() as cache:
     corpus = corpora.open_text(
       paths,
@@ -264,17 +280,15 @@ def evaluate_workdir(
     def all_windows():
       for number, (name, text) in enumerate(corpus.documents()):
         names.append(name)
-        units = np.frombuffer(text, np.uint8)
-        if tokenizer is not None:
-          units = tokenizer.encode(text)
         yield from windows.windows(
-          number, units, loaded.splitter, capacities, stride, ids
-        )
+          number, units.read(text), loaded.splitter, capacities, stride,
+          units.ids,
+        )  # fmt: skip
 
     total, cuts = Sums(), 0
     scored = score_windows(
       model, params, windows.rows(all_windows(), capacities), mesh, batch_size,
-      unit_bytes, answers,
+      units.sizes, answers,
     )  # fmt: skip
     for number, parts in itertools.groupby(scored, key=lambda pair: pair[0]):
       document = Sums()

@@ -1,8 +1,10 @@
-"""A model of bytes as lm-evaluation-harness sees it (its `LM` interface).
+"""A model as lm-evaluation-harness sees it (its `LM` interface).
 
 Texts are their UTF-8 bytes, so a context and a continuation split exactly where
 the task splits them. A request longer than a row of the model, the longest text
-it was trained on, loses the left of its context; `truncated` counts those.
+it was trained on, loses the left of its context; `truncated` counts those. A
+model of tokens scores as one of bytes does (`evaluate.score`), and writes
+nothing.
 
 As a conversation (`apply_chat_template`), a context is the turns of messages
 with the marks of `data.roles`, an answer ends with END, and what is scored is a
@@ -15,13 +17,11 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from lm_eval.api.model import LM
 
-from aunet_jax.config import BOS, EOS
 from aunet_jax.data import roles
 from aunet_jax.evaluate import windows
-from aunet_jax.evaluate.bits_per_byte import score_windows
+from aunet_jax.evaluate.bits_per_byte import score_windows, units_of
 from aunet_jax.evaluate.score import score
 
 # The harness counts what a model may write in tokens; these are many bytes.
@@ -81,7 +81,7 @@ class HarnessModel(LM):
     batch_size: int = 16,
     as_chat: bool = False,
   ):
-    """Args: loaded: as `aunet_jax.load` gives it, of a model of bytes.
+    """Args: loaded: as `aunet_jax.load` gives it.
 
     write: writes text; the generator, or what replaces it in a test.
     as_chat: contexts come from `apply_chat_template`.
@@ -99,7 +99,7 @@ class HarnessModel(LM):
 
   @property
   def max_bytes(self) -> int:
-    """Of a request: a row holds BOS as well."""
+    """Of a request, or tokens: a row holds BOS as well."""
     return self._loaded.model.config.capacities[0] - 1
 
   @property
@@ -128,6 +128,30 @@ class HarnessModel(LM):
     if self._as_chat:
       return text.encode("latin-1")
     return encode(text)
+
+  def _fit(self, context: bytes, continuation: bytes) -> bytes:
+    """What of the context leaves room for the continuation.
+
+    Raises: ValueError where that alone is longer than a row.
+    """
+    tokenizer = self._loaded.tokenizer
+    if tokenizer is None:
+      if len(continuation) <= self.max_bytes:
+        return self._cut(context, self.max_bytes - len(continuation))
+    else:
+      text = context + continuation
+      # What is left may be cut into more tokens than it was.
+      while len(ids := tokenizer.encode(text)) > self.max_bytes:
+        excess = ids[: len(ids) - self.max_bytes]
+        text = text[int(tokenizer.num_bytes[excess].sum()) :]
+      room = len(text) - len(continuation)
+      if room >= 0:
+        return self._cut(context, room)
+    raise ValueError(
+      f"a continuation has {len(continuation)} bytes; the model reads "
+      f"{self.max_bytes} {'bytes' if tokenizer is None else 'tokens'} at a "
+      f"time."
+    )
 
   def _cut(self, context: bytes, room: int) -> bytes:
     if len(context) <= room:
@@ -158,19 +182,15 @@ class HarnessModel(LM):
       continuation = encode(continuation)
       if self._as_chat:
         continuation += roles.END_TEXT
-      if len(continuation) > self.max_bytes:
-        raise ValueError(
-          f"a continuation has {len(continuation)} bytes; the model reads "
-          f"{self.max_bytes} at a time."
-        )
-      room = self.max_bytes - len(continuation)
-      pairs.append((self._cut(self._context(context), room), continuation))
+      pairs.append((self._fit(self._context(context), continuation),
+                    continuation))  # fmt: skip
     scores = score(
       self._loaded.model.config,
       self._loaded.params,
       self._loaded.splitter,
       pairs,
       batch_size=self.batch_size,
+      tokenizer=self._loaded.tokenizer,
     )
     answers = [(one.nats, one.is_greedy) for one in scores]
     self._keep("loglikelihood", requests, answers)
@@ -179,17 +199,17 @@ class HarnessModel(LM):
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
     """[nats] of texts without EOS, in windows as `evaluate` reads them."""
     capacities = self._loaded.model.config.capacities
+    units = units_of(self._loaded)
     parts = itertools.chain.from_iterable(
       windows.windows(
         number,
-        np.frombuffer(encode(request.args[0]), np.uint8),
+        units.read(encode(request.args[0])),
         self._loaded.splitter,
         capacities,
+        ids=units.ids,
       )
       for number, request in enumerate(requests)
     )
-    unit_bytes = np.ones(self._loaded.model.config.vocab_size, np.int32)
-    unit_bytes[[BOS, EOS]] = 0
     shards = self._mesh.shape["data"]
     nats = [0.0] * len(requests)
     for number, sums in score_windows(
@@ -198,14 +218,22 @@ class HarnessModel(LM):
       windows.rows(parts, capacities),
       self._mesh,
       -(-self.batch_size // shards) * shards,
-      unit_bytes,
+      units.sizes,
     ):
       nats[number] -= sums.nats - sums.eos_nats
     self._keep("loglikelihood_rolling", requests, nats)
     return nats
 
   def generate_until(self, requests, disable_tqdm: bool = False):
-    """Texts, each up to the first of its stop strings."""
+    """Texts, each up to the first of its stop strings.
+
+    Raises: ValueError for a model of tokens.
+    """
+    if self._loaded.tokenizer is not None:
+      raise ValueError(
+        "a task lets the model write, and models of tokens only score here; "
+        "choose tasks of likelihoods."
+      )
     groups: dict[Writing, list[int]] = {}
     for number, request in enumerate(requests):
       writing = Writing.from_request(request.args[1])

@@ -2,7 +2,9 @@
 
 What evaluation harnesses ask for: how likely is this continuation after that
 context. Splitting never looks ahead, so nothing of the continuation leaks into
-the levels of what comes before it.
+the levels of what comes before it. A model of tokens reads context and
+continuation as the tokens of both in one; the continuation's are those that
+hold a byte of it.
 
 Letters: B rows, L positions, V vocabulary.
 """
@@ -16,16 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from aunet_jax.aunet.network import AUNet
-from aunet_jax.config import EOS, ModelConfig
+from aunet_jax.config import BOS, EOS, ModelConfig
 from aunet_jax.data.rows import make_rows
+from aunet_jax.data.tokenizer import Tokenizer
 
 
 class Score(NamedTuple):
   """Of one continuation."""
 
-  nats: float  # log-probability, <= 0, summed over its bytes
-  num_bytes: int  # targets summed over, EOS included if asked for
-  is_greedy: bool  # every byte was the most likely one
+  nats: float  # log-probability, <= 0, summed over its bytes or tokens
+  num_bytes: int  # of it, and one for EOS if asked for
+  is_greedy: bool  # every byte or token was the most likely one
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -40,6 +43,18 @@ def _forward(params, bytes_BL, levels_BL, documents_BL, targets_BL, config):
   return logprob_BL, logits_BLV.argmax(axis=-1) == targets_BL
 
 
+def units(
+  context: bytes, continuation: bytes, tokenizer: Tokenizer | None
+) -> tuple[bytes | np.ndarray, int]:
+  """What a model reads of both, and where the continuation begins in it."""
+  text = context + continuation
+  if tokenizer is None:
+    return text, len(context)
+  ids = tokenizer.encode(text)
+  ends = np.cumsum(tokenizer.num_bytes[ids])
+  return ids, int(np.searchsorted(ends, len(context), side="right"))
+
+
 def score(
   config: ModelConfig,
   params: dict,
@@ -48,37 +63,41 @@ def score(
   *,
   batch_size: int = 16,
   with_eos: bool = False,
+  tokenizer: Tokenizer | None = None,
 ) -> list[Score]:
   """Scores every (context, continuation); the context may be b"".
 
-  Args: with_eos: also count that the document ends after the continuation.
+  Args:
+    with_eos: also count that the document ends after the continuation.
+    tokenizer: of a model of tokens.
   Returns: in the order of `pairs`. Pairs of similar length share a batch.
   Raises: ValueError for a pair longer than the model's positions.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size} must be at least 1.")
   limit = config.position_limit
-  for context, continuation in pairs:
-    size = len(context) + len(continuation)
-    if limit is not None and size + 1 > limit:
+  bos, eos, unit = BOS, EOS, "bytes"
+  if tokenizer is not None:
+    bos, eos, unit = tokenizer.bos, tokenizer.eos, "tokens"
+  texts = [units(*pair, tokenizer) for pair in pairs]
+  for text, begin in texts:
+    if limit is not None and len(text) + 1 > limit:
       raise ValueError(
-        f"a context of {len(context)} and a continuation of "
-        f"{len(continuation)} bytes are longer than the {limit - 1} bytes "
-        f"this model has positions for; cut the context from the left."
+        f"a context of {begin} and a continuation of {len(text) - begin} "
+        f"{unit} are longer than the {limit - 1} {unit} this model has "
+        f"positions for; cut the context from the left."
       )
-  order = sorted(
-    range(len(pairs)), key=lambda n: len(pairs[n][0] + pairs[n][1])
-  )
+  order = sorted(range(len(pairs)), key=lambda n: len(texts[n][0]))
   scores: dict[int, Score] = {}
   for first in range(0, len(order), batch_size):
     numbers = order[first : first + batch_size]
-    texts = [pairs[n][0] + pairs[n][1] for n in numbers]
+    some = [texts[n][0] for n in numbers]
     # A short last batch is filled up, so that it needs no program of its own.
-    texts += [b""] * (batch_size - len(texts))
-    rows = make_rows(texts, splitter, config.num_stages)
-    targets_BL = np.full_like(rows.bytes_BL, EOS)
+    some += [b""] * (batch_size - len(some))
+    rows = make_rows(some, splitter, config.num_stages, bos)
+    targets_BL = np.full_like(rows.bytes_BL, eos)
     targets_BL[:, :-1] = np.where(
-      rows.documents_BL[:, 1:] > 0, rows.bytes_BL[:, 1:], EOS
+      rows.documents_BL[:, 1:] > 0, rows.bytes_BL[:, 1:], eos
     )
     logprob_BL, greedy_BL = jax.device_get(
       _forward(
@@ -89,12 +108,11 @@ def score(
       )
     )
     for b, n in enumerate(numbers):
-      context, continuation = pairs[n]
-      begin = len(context)
-      end = begin + len(continuation) + int(with_eos)
+      text, begin = texts[n]
+      end = len(text) + int(with_eos)
       scores[n] = Score(
         nats=float(logprob_BL[b, begin:end].sum(dtype=np.float64)),
-        num_bytes=end - begin,
+        num_bytes=len(pairs[n][1]) + int(with_eos),
         is_greedy=bool(greedy_BL[b, begin:end].all()),
       )
   return [scores[n] for n in range(len(pairs))]

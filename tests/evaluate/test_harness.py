@@ -15,7 +15,7 @@ from aunet_jax.evaluate import bits_per_byte, harness, score  # noqa: E402
 from aunet_jax.evaluate.harness import HarnessModel, Writing  # noqa: E402
 from aunet_jax.splitting.splitter import Splitter  # noqa: E402
 from aunet_jax.workdir import load  # noqa: E402
-from tests import toy_generator  # noqa: E402
+from tests import toy_generator, toy_tokens  # noqa: E402
 
 TEXTS = [  # of 20 to 24 bytes: few shapes to compile
   "The word is a long one.",
@@ -239,3 +239,34 @@ def test_a_conversation_past_the_row_forgets_its_oldest_turns(talker, mesh):
 def test_a_model_without_roles_is_not_asked_as_a_user(loaded, mesh):
   with pytest.raises(ValueError, match="tuned on conversations"):
     HarnessModel(loaded, mesh, None, 16, as_chat=True)
+
+
+def test_a_model_of_tokens_scores_and_writes_nothing(mesh):
+  tokens = toy_tokens.loaded()
+  model = harness.HarnessModel(tokens, mesh, None, batch_size=4)
+  pairs = [("the cat", " sat"), ("", "on the mat"), ("a", "a")]
+  long = "the zebra crossed a road " * 4
+  found = model.loglikelihood([request(*p) for p in [*pairs, (long, "mat")]])
+  assert model.truncated == 1
+  text = (long + "mat").encode()
+  while len(tokens.tokenizer.encode(text)) > toy_tokens.LENGTH - 1:
+    text = text[1:]
+  cut = (text[:-3], b"mat")
+  expected = score.score(
+    tokens.model.config, tokens.params, tokens.splitter,
+    [*((a.encode(), b.encode()) for a, b in pairs), cut],
+    tokenizer=tokens.tokenizer,
+  )  # fmt: skip
+  for (nats, greedy), one in zip(found, expected, strict=True):
+    assert nats == pytest.approx(one.nats, rel=1e-5)
+    assert greedy == one.is_greedy
+  with pytest.raises(ValueError, match="has 100 bytes; the model reads 31 tok"):
+    model.loglikelihood([request("the", long)])
+  (nats,) = model.loglikelihood_rolling([request("the cat sat on the mat")])
+  (one,) = score.score(
+    tokens.model.config, tokens.params, tokens.splitter,
+    [(b"", b"the cat sat on the mat")], tokenizer=tokens.tokenizer,
+  )  # fmt: skip
+  assert nats == pytest.approx(one.nats, rel=1e-5)
+  with pytest.raises(ValueError, match="models of tokens only score"):
+    model.generate_until([request("the", {"until": []})])
