@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aunet_jax import config as config_lib
+from aunet_jax.aunet import counts
 from aunet_jax.data import parts
 from benchmarks import (
   attention,
+  compare_models,
   indexing,
   page,
   suite,
@@ -119,3 +122,36 @@ def test_a_large_index_is_written_as_it_is_read(tmp_path, monkeypatch):
   assert indexing.write_index(tmp_path, 3000) == 3
   found = indexing.start(tmp_path)
   assert found["documents"] == 3000 and found["heldout_documents"] == 1000
+
+
+def test_models_are_compared_with_what_needs_no_model():
+  value, low, high = compare_models.interval([0, 1] * 50, compare_models.mean)
+  assert value == 0.5 and 0.38 < low < 0.43 and 0.57 < high < 0.62
+  assert compare_models.bits([(np.log(2), 1), (np.log(2) * 3, 1)]) == 2
+  rows = [
+    {
+      "prompt": "\ufffdA cat. The dog ate a bone!\nWhat ate a bone?\ufffd",
+      "expected": "the dog",
+    }
+  ]
+  found = compare_models.trivial("squad", rows)
+  assert found == {
+    "the paragraph": pytest.approx(2 / 5),
+    "its first sentence": 0,
+    "its sentence with most words of the question": pytest.approx(2 / 4),
+  }
+  rows = [{"expected": "negative"}] * 3 + [{"expected": "positive"}]
+  assert compare_models.trivial("sst2", rows) == {"always negative": 0.75}
+
+
+@pytest.mark.parametrize("name", compare_models.MODELS)
+def test_compared_models_cost_the_same_a_byte(name):
+  """Useful FLOPs of a kilobyte of English, where words have 5.3 bytes."""
+  flag = f"--config={compare_models.__file__}:{name}@data"
+  model = config_lib.parse_flags([flag]).model
+  positions = {
+    "aunet2": (1004, 190), "aunet3": (1004, 190, 105), "bytes": (1004,),
+    "bpe": (366,),
+  }[name]  # fmt: skip
+  flops = counts.useful_train_flops(model, positions) / 1004
+  assert flops == pytest.approx(3.37e6, rel=0.02)
