@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,15 @@ def await_(condition: Callable[[], object], what: str):
 class Run:
   """One workdir, started again and again."""
 
-  def __init__(self, corpus: Path, workdir: Path, num_processes: int, steps):
+  def __init__(
+    self,
+    corpus: Path,
+    workdir: Path,
+    num_processes: int,
+    steps: int,
+    flags: Sequence[str] = (),
+  ):
+    self.flags = flags
     self.corpus, self.workdir, self.num_steps = corpus, workdir, steps
     self.num_processes = num_processes
     self.processes, self.writers = [], []
@@ -106,6 +114,7 @@ class Run:
       "--config.checkpoint.keep=4",
       f"--config.checkpoint.every_steps={SAVE_EVERY}",
       f"--config.mesh.fsdp={self.num_processes}",
+      *self.flags,
     ]  # fmt: skip
     if self.num_processes > 1:
       command += [

@@ -1,11 +1,13 @@
 """Runs whose checkpoints were damaged, and runs that were hurt while running.
 
-`benchmarks/faults.py` injects more of the latter, for longer.
+`benchmarks/faults.py` and `benchmarks/stops.py` hurt more of them, for longer.
 """
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import pytest
 from aunet_jax.train import __main__ as train_main
 from aunet_jax.train import metrics
 from aunet_jax.workdir import layout, load, manifest
-from benchmarks import faults
+from benchmarks import faults, stops
 
 ROOT = Path(__file__).parents[2]
 
@@ -297,3 +299,66 @@ def test_a_run_outlives_a_fault_of_each_kind():
   assert result.returncode == 0, result.stdout + result.stderr
   report = json.loads(result.stdout.splitlines()[-1])
   assert report["faults"] == len(faults.KINDS)
+
+
+class Shells:
+  """Two shells as the processes of a run that ends at SIGTERM as told."""
+
+  def __init__(self, *at_term: str):
+    self.processes = [
+      subprocess.Popen(
+        ["bash", "-c", f"trap '{command}' TERM; echo; sleep 9 & wait; wait"],
+        stdout=subprocess.PIPE,
+      )
+      for command in at_term
+    ]
+    for process in self.processes:
+      process.stdout.readline()  # the trap is set
+
+  def said(self, number: int) -> str:
+    return f"of {number}"
+
+  def end(self, patience: float) -> None:
+    for process in self.processes:
+      process.kill()
+      process.wait()
+      process.stdout.close()
+
+
+def test_an_end_of_another_kind_or_none_is_a_broken_promise(monkeypatch):
+  quick = stops.ENDS["term"]._replace(seconds=0.5)
+  monkeypatch.setitem(stops.ENDS, "term", quick)
+  monkeypatch.setattr(stops.time, "sleep", lambda _: None)
+  for at_term, broken in [
+    (("exit 75", "exit 75"), None),
+    (("exit 75", "exit 3"), "status 3 after term, not .*of 1"),
+    (("exit 75", ""), "hangs after term:\nof 1"),
+  ]:
+    run = Shells(*at_term)
+    rng = random.Random(1)
+    monkeypatch.setattr(rng, "randint", lambda low, high: high)  # all of them
+    if broken is None:
+      happened = stops.stop(run, "term", rng)
+      assert (happened["victims"], happened["statuses"]) == ([0, 1], [75, 75])
+    else:
+      with pytest.raises(faults.Broken, match=f"(?s){broken}"):
+        stops.stop(run, "term", rng)
+      run.end(0)
+  run = Shells("", "")
+  assert stops.stop(run, "kill_all", rng)["statuses"] == [-signal.SIGKILL] * 2
+
+
+@pytest.mark.slow  # many starts of two processes
+def test_two_processes_outlive_stops_of_each_kind():
+  result = subprocess.run(
+    [
+      sys.executable, "-m", "benchmarks.stops", "--stops=3", "--seed=1",
+      "--json",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert result.returncode == 0, result.stdout + result.stderr
+  report = json.loads(result.stdout.splitlines()[-1])
+  assert report["stops"] == 3 and report["starts"] >= 4
