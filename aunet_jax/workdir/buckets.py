@@ -143,8 +143,8 @@ class BucketPath(os.PathLike):
     Returns: the generation of the object.
     Raises: TakenError where another one is there.
     """
-    blob = self._blob()
     with _told(self, "written"):
+      blob = self._blob()
       blob.upload_from_string(
         data,
         content_type="application/octet-stream",
@@ -178,9 +178,9 @@ class BucketPath(os.PathLike):
 
   def rename(self, target: "BucketPath") -> None:
     """Copies a folder inside the bucket, and then deletes it."""
-    bucket = _bucket(self.bucket)
     for name in self.entries():
       with _told(self / name, "copied"):
+        bucket = _bucket(self.bucket)
         bucket.copy_blob(
           (self / name)._blob(), bucket, (target / name).key, **_tries()
         )

@@ -34,6 +34,18 @@ def test_tpu_run_trains_on_every_worker_and_deletes_the_slice(world):
   assert not (world.fake / "state").exists()
 
 
+def test_tpu_workers_tell_how_far_a_run_in_a_bucket_is(world):
+  world.job(
+    "WORKDIR=gs://bucket/runs/x\n"
+    "FLAGS+=(--config.data.cache_dir=/tmp/aunet_data)"
+  )
+  plan(world, "5:1 5:run, 6:0 6:0")
+  result = world.run("tpu_vm.sh", "run")
+  assert result.returncode == 0, result.stderr
+  assert "(step 5)" in result.stderr and "(step 6)" in result.stderr
+  assert not (world.fake / "workers/0/gs:").exists()
+
+
 def test_tpu_workers_mount_the_bucket(world):
   world.write("mountpoint.plan", "1\n")  # one of them has it already, or none
   assert world.run("tpu_vm.sh", "run").returncode == 0

@@ -104,6 +104,20 @@ def test_what_does_not_pass_is_one_line(run, bucket, how, status, said):
     assert "\n" not in str(caught.value)
 
 
+def test_missing_credentials_are_one_line(run, monkeypatch):
+  from google.auth.exceptions import DefaultCredentialsError
+
+  def client():
+    raise DefaultCredentialsError("no credentials\nwere found")
+
+  monkeypatch.setattr(buckets, "_client", client)
+  for use in (run.names, run.is_dir, run.read_bytes, run.entries, run.unlink):
+    with pytest.raises(buckets.BucketError, match="no credentials$"):
+      use()
+  with pytest.raises(buckets.BucketError, match="no credentials$"):
+    run.write_bytes(b"")
+
+
 def test_a_bucket_that_is_not_there_is_named():
   for use in ("names", "read_bytes", "is_dir"):
     with pytest.raises(buckets.BucketError, match="there is no gs://other$"):
