@@ -165,7 +165,8 @@ def evaluate(
 
 def is_evaluated(setup: Setup, step: int) -> bool:
   """Whether the log has that step's evaluation; the same on all processes."""
-  rows = layout.read_rows(setup.workdir / layout.METRICS_FILE)
+  with together.all_or_none():
+    rows = layout.read_rows(setup.workdir / layout.METRICS_FILE)
   found = [r for r in rows if r["step"] == step and "heldout_loss_nats" in r]
   return bool(together.broadcast(len(found)))
 
@@ -238,7 +239,8 @@ def roll_back(setup: Setup, error: NotFiniteError, step: int) -> TrainState:
   targets = sharding.placed(abstract, setup.shardings).items()
   train_state = TrainState.from_items(setup.saver.restore(target, targets))
   setup.interval.restore(host["interval"])
-  setup.log.rewind(target)
+  with together.all_or_none():
+    setup.log.rewind(target)
   given_up = step - target
   setup.log.say(
     f"step {step}: not finite since step {error.first}; back to checkpoint "
