@@ -171,6 +171,7 @@ class ModelConfig:
   level_loss_weight: float = 0.0  # > 0 adds the level head and its loss
   logit_cap: float | None = None  # c: logits become c tanh(logits / c)
   tie_embeddings: bool = False  # the head is the byte table, turned
+  zero_head: bool = False  # the head begins at 0: every byte equally likely
   ngram_rows: int = 0  # of each table of n-grams, a power of two; 0 = none
   ngram_longest: int = 8  # bytes; there is a table for each n from 3 to it
   heads: int = 1  # bytes predicted at a position: the next, and those after it
@@ -215,6 +216,11 @@ class ModelConfig:
       raise ValueError(
         f"model.ngram_rows={self.ngram_rows} must be a power of two; try "
         f"{1 << self.ngram_rows.bit_length()}."
+      )
+    if self.zero_head and self.tie_embeddings:
+      raise ValueError(
+        "model.zero_head=True with model.tie_embeddings=True would begin with "
+        "an embedding of zeros; leave one of them out."
       )
     if self.logit_cap is not None:
       _check_positive("model.logit_cap", self.logit_cap)

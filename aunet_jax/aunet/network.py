@@ -98,9 +98,12 @@ class AUNet(nn.Module):
     if config.tie_embeddings:
       head_DV = embed_VD.T
     else:
-      head_DV = self.param(
-        "head", fan_in_init(D, ("activation", "vocab")), (D, V), param_dtype
-      )
+      names = ("activation", "vocab")
+      head_init = fan_in_init(D, names)
+      if config.zero_head:
+        zeros = nn.initializers.zeros
+        head_init = nn.with_logical_partitioning(zeros, names)
+      head_DV = self.param("head", head_init, (D, V), param_dtype)
 
     def predict(x_BLD):
       h_BLD = norm(x_BLD)

@@ -170,6 +170,18 @@ def test_rates_fall_and_decay_of_a_step_stays():
   assert found["head"] == pytest.approx((3 / 2, 2))
 
 
+def test_a_head_of_zeros_leaves_all_else_as_it_is():
+  usual, zero = (model_of((16, None), zero_head=zero) for zero in (False, True))
+  usual, zero = (
+    flat(sharding.unbox(INIT(m, jax.random.key(0)))) for m in (usual, zero)
+  )
+  assert usual["head"].any() and not zero["head"].any()
+  for name in usual.keys() - {"head"}:
+    np.testing.assert_array_equal(usual[name], zero[name])
+  with pytest.raises(ValueError, match="zero_head=True with .*leave one"):
+    model_of((16, None), zero_head=True, tie_embeddings=True)
+
+
 @pytest.mark.parametrize(
   "base, says", [(0, "base_dim=0 must be"), (20, "Try base_dim=24")]
 )
