@@ -13,8 +13,8 @@ chips send each other, and whether that is what the mesh should cost.
   no --topology          the devices of this machine
 
 --time predicts each program's time by stage, part and pass, from the estimates
-that the TPU compiler writes into it (elsewhere by a roofline). --compare shows
-what changed between two outputs of --time --json:
+that the TPU compiler writes into it (elsewhere by a roofline); --picture draws
+them. --compare shows what changed between two outputs of --time --json:
 
   python -m aunet_jax.compile --compare before.json after.json
 
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from aunet_jax import config as config_lib
 from aunet_jax import terminal
 from aunet_jax.aunet import sharding
-from aunet_jax.compile import programs, step_time
+from aunet_jax.compile import picture, programs, step_time
 from aunet_jax.compile.report import report, table
 from aunet_jax.train import setup
 
@@ -77,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--time", action="store_true", help="predict the time by part"
   )
   parser.add_argument(
+    "--picture",
+    metavar="FILE",
+    help="draw the times of --time as bars (.svg, .png, .pdf)",
+  )
+  parser.add_argument(
     "--compare",
     nargs=2,
     metavar="FILE",
@@ -94,6 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     value = getattr(args, name)
     if value is not None and value < 1:
       raise ValueError(f"--{name}={value} must be a positive number.")
+  if args.picture is not None:
+    if not args.time:
+      raise ValueError("--picture draws what --time predicts: give both.")
+    if not args.picture.endswith((".svg", ".png", ".pdf")):
+      raise ValueError(
+        f"--picture={args.picture} must end in .svg, .png or .pdf."
+      )
   config = config_lib.parse_flags(rest)
   if args.topology is not None:
     programs.compile_elsewhere(args.topology)
@@ -117,6 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     ),
   }
   print(table(result))
+  if args.picture is not None:
+    times = {
+      name: program["time"]
+      for name, program in result["programs"].items()
+      if "time" in program
+    }
+    if times:
+      picture.draw(times, args.picture)
+      print(f"picture: {args.picture}")
   if not result["fits"]:
     print("error: does not fit; see above what to try.", file=sys.stderr)
   if args.json:
