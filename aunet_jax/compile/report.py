@@ -1,6 +1,7 @@
 """What a run will need, measured on its compiled programs."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Sequence
 
@@ -195,13 +196,20 @@ def predict_time(config: Config, mesh, hlo: str, *, training: bool) -> dict:
   rows = config.train.batch_size // config.train.grad_accumulation
   rows /= mesh.shape["data"] * mesh.shape["fsdp"]
 
-  def kernel_flops(stage, which):
-    # Backward, the kernel forms five products where forward has two.
+  # Forward, an attention kernel forms two products. Backward it forms five, or
+  # seven in two kernels that both make the scores and their gradients again.
+  products = {
+    "_dq": 3, "_dkv": 4 if "_dq_" in hlo else 5, "_query_gradient": 3,
+    "_key_gradient": 4,
+  }  # fmt: skip
+
+  def kernel_flops(stage, name):
+    found = re.search("|".join(products), name)
     stage = config.model.stages[stage - 1]
     platform = sharding.platform(mesh)
     forward = mixer_of(stage).flops(stage, stage.capacity, platform)
     forward *= rows / mesh.shape["tensor"]
-    return forward * (2.5 if which == "backward" else 1)
+    return forward * (products[found[0]] / 2 if found else 1)
 
   time = step_time.predict(
     hlo,

@@ -9,6 +9,8 @@ modelled, and listed:
       large product and bytes over the rate of one large copy, both estimated
       by the same compiler (`Rates`). A kernel's FLOPs are those that
       `counts` says its stage multiplies.
+  copies that are started and waited for later  bytes over that rate, less the
+      estimates of what the schedule runs meanwhile: what is left is exposed.
   collectives  a ring's bytes over half the links' bandwidth (it sends and
       receives), less the estimates of what the schedule runs between start and
       done: what is left is exposed.
@@ -32,10 +34,17 @@ from aunet_jax.aunet.devices import Device
 from aunet_jax.compile import collectives
 from aunet_jax.compile import hlo as hlo_lib
 
+# Calls that cost nothing: they name memory, or are halves of a collective.
+_FREE_CALLS = frozenset(
+  "ConcatBitcast AllocateBuffer AssumeGatherIndicesInBound "
+  "AsyncCollectiveStart AsyncCollectiveDone Sharding".split()
+)
+# A copy or slice that moves while other instructions run.
+_MOVES = ("copy", "slice", "dynamic-slice")
 # Cost nothing by themselves: names for arrays, and ends of what was started.
 _FREE = frozenset(
   "parameter constant tuple get-tuple-element bitcast after-all partition-id "
-  "replica-id iota domain opt-barrier copy-done async-done async-update "
+  "replica-id iota domain opt-barrier async-done async-update "
   "send-done recv recv-done add-dependency".split()
 )
 _INSIDE = ("call", "async-start")  # run a computation once
@@ -161,18 +170,25 @@ def _bytes(computations, comp, name: str) -> float:
 
 
 def _where(comp, name: str) -> str:
-  """The path of an instruction; of a kernel without one, its nearest user's."""
+  """The path of an instruction; of one without, its nearest user's.
+
+  The compiler's own instructions have no path, or a name such as "convert.12".
+  """
   path = hlo_lib.op_name(comp.line[name])
-  if path or comp.opcode[name] != "custom-call":
+  if "/" in path:
     return path
   near = {name}
-  for user in list(comp.opcode)[list(comp.opcode).index(name) + 1 :]:
+  names = iter(comp.opcode)
+  for user in names:
+    if user == name:
+      break
+  for user in names:
     if near.intersection(hlo_lib.operands(comp, user)):
-      path = hlo_lib.op_name(comp.line[user])
-      if path:
-        return path
+      found = hlo_lib.op_name(comp.line[user])
+      if "/" in found:
+        return found
       near.add(user)
-  return ""
+  return path
 
 
 # ----- the program ----------------------------------------------------------
@@ -236,7 +252,9 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
   def visit(comp_name: str, times: int) -> list[Instruction]:
     comp, found = computations[comp_name], []
     sends = _collectives(computations, comp, comp_name, num_devices)
+    names, spent = list(comp.opcode), []  # cycles of each, in this order
     for name, opcode in comp.opcode.items():
+      spent.append(sum(x.cycles or 0.0 for x in found) / times)
       line = comp.line[name]
       for sent, hidden in sends.get(name, ()):
         found.append(
@@ -254,8 +272,28 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
         )
       if opcode in _FREE or opcode.removesuffix("-start") in _SENDS:
         continue
+      target = re.search(r'custom_call_target="([^"]*)"', line)
+      if target is not None and target[1] in _FREE_CALLS:
+        continue
       inner = hlo_lib.called(line)
-      if opcode == "while":
+      move, _, half = opcode.rpartition("-")
+      if move in _MOVES:
+        if half == "done":
+          (start,) = hlo_lib.operands(comp, name)
+          hidden = spent[-1] - spent[names.index(start)]
+          found.append(
+            Instruction(
+              name=name,
+              opcode=opcode,
+              op_name=_where(comp, name),
+              times=times,
+              cycles=None,
+              flops=0.0,
+              bytes=float(_size(comp, name) * times),
+              hidden_cycles=hidden * times,
+            )
+          )
+      elif opcode == "while":
         trips = hlo_lib.trip_count(line, computations)
         if trips is None:
           unknown.append(name)
@@ -299,7 +337,7 @@ _PARTS = (
   ("pool", r"pool_\d"),
   ("upsample", r"upsample_\d"),
 )
-_LAYOUT = ("copy", "copy-start", "transpose", "reshape", "pad", "concatenate")
+_LAYOUT = ("copy", "transpose", "reshape", "pad", "concatenate")
 _STAGE = re.compile(r"(?:contract|expand|pool|upsample)_(\d)|(deepest)")
 
 
@@ -318,7 +356,7 @@ def place(x: Instruction, num_stages: int) -> tuple[int | None, str, str]:
     which = "forward" if in_model or stage is not None else "update"
   if x.opcode in collectives.KINDS:
     return stage, "collectives", which
-  if x.opcode in _LAYOUT or not path:
+  if x.opcode in _LAYOUT or x.opcode.endswith("-done") or not path:
     return stage, "copies and layout", which
   part = next((name for name, r in _PARTS if re.search(r, path)), None)
   if part == "attention":
@@ -354,11 +392,12 @@ def predict(
   rates: Rates,
   device: Device,
   num_stages: int,
-  kernel_flops: Callable[[int, str], float] = lambda stage, which: 0.0,
+  kernel_flops: Callable[[int, str], float] = lambda stage, name: 0.0,
 ) -> dict:
   """The `time` of a program; JSON-able.
 
-  Args: kernel_flops: of one run of a stage's attention kernel, by pass.
+  Args: kernel_flops: of one run of a stage's attention kernel, by its name
+    and path.
   """
   instructions, unknown = read(hlo)
   parts: dict[tuple, float] = {}
@@ -366,14 +405,15 @@ def predict(
   for x in instructions:
     stage, part, which = place(x, num_stages)
     if part == "attention kernel" and stage is not None:
-      flops = kernel_flops(stage, which) * x.times
+      flops = kernel_flops(stage, f"{x.name} {x.op_name}") * x.times
       x = dataclasses.replace(x, flops=flops)
     cycles = x.cycles
     if x.opcode in collectives.KINDS:
       cycles = exposed(x, device)
     elif cycles is None:
       by_flops = x.flops / rates.flops_per_cycle
-      cycles = max(by_flops, x.bytes / rates.bytes_per_cycle)
+      by_bytes = x.bytes / rates.bytes_per_cycle - x.hidden_cycles
+      cycles = max(by_flops, by_bytes, 0.0)
     key = (stage, part, which)
     parts[key] = parts.get(key, 0.0) + cycles
     row = {

@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PROGRAM = (GOLDEN / "loop_and_branch.hlo").read_text()
 
 
-def predict(kernel_flops=lambda stage, which: 0.0):
+def predict(kernel_flops=lambda stage, name: 0.0):
   return step_time.predict(PROGRAM, RATES, DEVICE, 2, kernel_flops)
 
 
@@ -63,13 +63,53 @@ def test_parts_sum_to_the_total_and_nothing_is_dropped():
 
 
 def test_products_and_kernels_count_their_flops():
-  time = predict(lambda stage, which: 1e4 if which == "backward" else 0.0)
+  time = predict(lambda stage, name: 1e4 if name[:8] == "kernel.1" else 0.0)
   (product,) = [x for x in time["largest"] if x["name"] == "fusion.1"]
   assert product["flops"] == 3 * 2 * 8 * 4 * 16
   # 10,000 FLOPs at 100 a cycle outweigh the bytes.
   assert by_part(time)[2, "attention kernel", "backward"] == 3 * 100
   (kernel,) = [x for x in time["unestimated"] if x["name"] == "kernel.1"]
   assert kernel["flops_share"] == 3e4 / (3e4 + product["flops"])
+
+
+STARTED = """HloModule jit_f, is_scheduled=true
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s = (s32[], f32[8]) parameter(0)
+  %y = f32[8]{0} get-tuple-element(%s), index=1
+  %m = f32[8]{0} negate(%y), backend_config={"estimated_cycles":"10"}
+  ROOT %r = (s32[], f32[8]) tuple(%s, %m)
+}
+
+%cond (s: (s32[], f32[8])) -> pred[] {
+  %s = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %n = s32[] constant(3)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[100], b: f32[400], q: (s32[], f32[8])) -> f32[100] {
+  %a = f32[100]{0} parameter(0)
+  %b = f32[400]{0} parameter(1)
+  %q = (s32[], f32[8]) parameter(2)
+  %made = f32[9000]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %cs = (f32[100]{0}, f32[100]{0}, u32[]) copy-start(%a)
+  %ss = ((f32[400]{0}), f32[50]{0}, s32[]) slice-start(%b), slice={[0:50]}
+  %w = (s32[], f32[8]) while(%q), condition=%cond, body=%body
+  %sd = f32[50]{0} slice-done(%ss)
+  %cd = f32[100]{0} copy-done(%cs)
+  ROOT %z = f32[100]{0} negate(%cd), metadata={op_name="jit(f)/jvp(AUNet)/deepest/ffn/neg"}, backend_config={"estimated_cycles":"1"}
+}
+"""  # noqa: E501
+
+
+def test_a_started_copy_costs_what_the_schedule_does_not_hide():
+  time = step_time.predict(STARTED, RATES, DEVICE, 2)
+  rows = {row["name"]: row["cycles"] for row in time["largest"]}
+  # 100 and 50 floats at 10 bytes a cycle, less three runs of 10 in the loop;
+  # a name for memory costs nothing, nor what is not moved of b.
+  assert rows == {"cd": 40 - 30, "sd": 0, "m": 30, "z": 1}
+  assert by_part(time)[2, "copies and layout", "forward"] == 10  # its reader's
 
 
 IN_PLACE = (GOLDEN / "in_place.hlo").read_text()
