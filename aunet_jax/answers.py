@@ -1,13 +1,13 @@
-"""How often a tuned model answers as the data does.
+"""Measures how often a tuned model gives the data's answers.
 
   python -m aunet_jax.answers --workdir=runs/sst2 \\
       --data=data/sst2/heldout.jsonl --labels=positive,negative
 
-With --labels the likeliest of them, as a whole turn, is its answer; without, it
-writes one greedily. Only the last turn of a conversation is asked for. The last
-line of the output is JSON: `exact` is the share of answers that are the data's
-byte for byte, `word_f1` the mean overlap of words (SQuAD's, as far as articles,
-punctuation and case go).
+With --labels, the answer is the likeliest label, scored as a whole turn;
+without, the model generates greedily. Only the last turn of a conversation is
+asked for. The last line of the output is JSON: `exact` is the share of answers
+equal to the data's, byte for byte; `word_f1` is the mean overlap of words,
+ignoring articles, punctuation and case as SQuAD does.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Arrays out of `.npz` files that anybody may have written.
+"""Reads arrays from `.npz` files that are not trusted.
 
-`numpy.load` believes what such a file says of itself: a few bytes can ask for
-all memory. Here a header is compared with the bytes that are there before an
-array is made, and nothing is unpickled.
+`numpy.load` trusts the header of such a file: a few bytes can ask for all
+memory. Here the header is compared with the size of the data before an array is
+made, and nothing is unpickled.
 """
 
 import zipfile

@@ -1,4 +1,4 @@
-"""The settings of a run, and the way in from a file and the command line.
+"""Reads the settings of a run from a file and the command line.
 
 An experiment file in `configs/` returns a `ml_collections.ConfigDict` made by
 `default()` and edited; here it is checked and becomes the frozen dataclasses of

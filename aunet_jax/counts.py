@@ -10,12 +10,12 @@ Three kinds of FLOPs, never mixed; a multiplication and an addition are two:
   paper    training FLOPs per byte by the official code's estimator (paper
            Section 2.3 and Appendix A): no transitions, full stages.
   padded   what the device runs: every slot, attention's whole key blocks,
-           multi-linear upsampling's padded groups. The kernels of CPUs, where
-           no platform is named.
+           multi-linear upsampling's padded groups. For CPU kernels, if no
+           platform is named.
   useful   the same products at real positions and unmasked keys only.
 
-Norms, softmax and other elementwise work are in none of them. Training is
-three times forward; what rematerialisation repeats is given on its own.
+Norms, softmax and other elementwise work are in none of them. Training is three
+times the forward pass; what rematerialisation recomputes is given separately.
 """
 
 import argparse

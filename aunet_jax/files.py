@@ -1,6 +1,6 @@
-"""Files that processes share: locks, and writing all of a file or nothing.
+"""Files that processes share: locks, and atomic writes.
 
-And JSON that anybody may have written.
+Also reads JSON that is not trusted.
 """
 
 import contextlib

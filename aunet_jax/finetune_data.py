@@ -1,11 +1,11 @@
-"""Makes the data of a fine-tuning recipe out of files you have.
+"""Makes the data of a fine-tuning recipe from files you have.
 
   python -m aunet_jax.finetune_data sst2 --input=sst2_val.jsonl \\
       --output=data/sst2
 
 writes train.jsonl and heldout.jsonl, of prompts and completions or of messages.
-What is held out goes by a hash of the text that examples share (a paragraph, a
-sentence in all its languages), so no example of it is trained on.
+A hash of the text that examples share (a paragraph, a sentence in all its
+languages) decides what is held out, so all examples of one text stay together.
 docs/finetuning.md has the recipes.
 """
 

@@ -1,15 +1,15 @@
-"""Makes the table of the rule `entropy@FILE` from a trained model.
+"""Makes the file of the rule `entropy@FILE` from a trained model.
 
   python -m aunet_jax.fit_entropy --workdir=runs/small --data='books/*.txt' \\
       --output=entropy.npz --bytes_per_segment=5
   python -m aunet_jax.split --rule=entropy@entropy.npz FILE
 
-Cuts at a byte after which the model's entropy of the next one is above a
-threshold (--mode=threshold), or above the one before by a threshold
-(--mode=rise); the threshold is the one that gives --bytes_per_segment on the
-text. Prints one JSON object. What is lost by keeping a table in place of the
-model (see `entropy`) is in it: `share_of_model_cuts_made`, of the cuts that
-the model itself would make at the same rate.
+The rule cuts at a byte if the model's entropy of the next byte is above a
+threshold (--mode=threshold), or has risen by more than a threshold
+(--mode=rise). The threshold is chosen to give --bytes_per_segment on the text.
+Prints one JSON object. A table replaces the model (see `entropy`);
+`share_of_model_cuts_made` is the share of the model's own cuts, at the same
+rate, that the table keeps.
 """
 
 import argparse

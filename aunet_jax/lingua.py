@@ -1,4 +1,4 @@
-"""The stable name of `aunet_jax.convert.lingua`."""
+"""The public, stable name of `aunet_jax.convert.lingua`."""
 
 from aunet_jax.convert.lingua import from_lingua, to_lingua
 

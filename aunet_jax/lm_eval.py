@@ -2,18 +2,17 @@
 
   python -m aunet_jax.lm_eval --workdir=runs/small --tasks=lambada_openai,piqa
 
-  # the tasks shipped here (--tasks=list), with data by path, without a network
+  # tasks shipped here (--tasks=list shows them): local data, no network
   python -m aunet_jax.lm_eval --workdir=runs/small --data_dir=data/eval \\
       --tasks=aunet_lambada,aunet_cute --limit=200 --output=results.json
 
-A name may be one task of a group, as aunet_cute::spell, or a pattern, as
-'aunet_arc_*'. --include_path has task files of your own; they go before others
-of the same name.
+A name may be one task of a group, such as aunet_cute::spell, or a pattern, such
+as 'aunet_arc_*'. --include_path names a folder with your own task files; they
+take precedence over others of the same name.
 
-Prints a line a metric, with its standard error; --output writes the harness's
-results object, with the number of requests that were cut on the left under
-`truncated`.
-docs/evaluation.md says which number means what.
+Prints one line per metric, with its standard error; --output writes the
+harness's results object, whose `truncated` is the number of requests that were
+cut on the left. docs/evaluation.md explains every number.
 """
 
 import argparse

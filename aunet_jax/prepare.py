@@ -4,29 +4,30 @@
   python -m aunet_jax.train --config=CONFIG --workdir=DIR \\
       --config.data.train=books/train --config.data.heldout=books/heldout
 
-  # Build the packed index of a config's data before any training host starts.
+  # Build the packed index of a config's data before the training hosts start.
   python -m aunet_jax.prepare --index=CACHE --config=CONFIG --workers=16
   python -m aunet_jax.train --config=CONFIG --config.data.cache_dir=CACHE …
 
   # Which capacities suit this corpus and these rules? Nothing is written.
   python -m aunet_jax.prepare --input=books --rules=word@1,word@2 --plan
 
-Training reads every kind of source by itself; prepare once where many runs
-share a corpus, where documents lie in an order (by site, by date) that should
-be broken up, or where a Hugging Face dataset should be on disk (--input=
-hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, streamed; needs the extra `hf`).
-docs/data.md has the table of what is read, and how.
+Training can read every kind of source directly. Make shards if many runs share
+a corpus, if documents are ordered (by site, by date) and should be shuffled, or
+to have a Hugging Face dataset on disk (--input=hf:NAME, hf:NAME:SPLIT or
+hf:NAME:CONFIG:SPLIT, streamed; needs the extra `hf`). docs/data.md has a table
+of the file types.
 
-The output directory holds train/*.arrayrecord and heldout/*.arrayrecord, a
-record being the bytes of a document, and index.json: documents and bytes of
-every shard, skipped records by reason, lengths of the segments per stage, and
-recommended capacities. It appears whole or not at all. While it is made, a
-second copy of the text lies beside it.
+The output directory has train/*.arrayrecord and heldout/*.arrayrecord, one
+record per document (its bytes), and index.json: documents and bytes of every
+shard, skipped records by reason, segment lengths per stage, and recommended
+capacities. It appears only when complete; until then a second copy of the text
+is beside it.
 
---index builds what `train` would build by itself, bit for bit, in any number of
-processes. Killed at any moment, the same command goes on. Machines that share
-CACHE share the work, too: start the same command on each; where their file
-system has no locks, give each --share=I/N. The last line is JSON.
+--index builds what `train` would build itself, bit for bit, in any number of
+processes. If killed, the same command continues. Machines that share CACHE also
+share the work: start the same command on each; if their file system has no
+locks, set AUNET_JAX_LOCKS=none and give each --share=I/N. The last line is
+JSON.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How far a run is: the newest logged step and checkpoint of its workdir.
+"""Prints the newest logged step and checkpoint of a workdir.
 
   python -m aunet_jax.progress --workdir=gs://my-bucket/runs/first
 
-Prints one line, `step 1200 checkpoint 1000`; 0 stands for none. In a bucket the
-log is put anew once a minute, and at every save.
+Prints one line, such as `step 1200 checkpoint 1000`; 0 means none. In a bucket
+the log is uploaded once a minute, and at every save.
 """
 
 import argparse

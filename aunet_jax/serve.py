@@ -1,4 +1,4 @@
-"""A web page that writes with a trained AU-Net, and an API for programs."""
+"""Serves a web page and an API that generate with a trained AU-Net."""
 
 import argparse
 import sys

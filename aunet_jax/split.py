@@ -1,18 +1,18 @@
 """Shows how a text is split into stages, and what that means for a corpus.
 
-  # a text in the terminal, the positions of every stage coloured
+  # in the terminal: the positions of every stage, in colour
   python -m aunet_jax.split --rule=word@1,word@2 README.md
   python -m aunet_jax.split --rule=word@1,word@2 --text='It is 1234.'
 
-  # the same as a page for a browser
+  # the same as a web page
   python -m aunet_jax.split --rule=word@1,word@2 README.md --html=stages.html
 
   # a whole corpus: bytes per segment, longest segments, capacities for a row
   python -m aunet_jax.split --rule=word@1,word@2 --stats 'books/*.jsonl.gz'
 
 Stage 1 is the bytes. The first rule feeds stage 2, the second stage 3, and so
-on; each stage keeps the positions that its rule cuts at, and those of all
-deeper stages. Rules:
+on; each stage has the positions at which its rule cuts, and those of all deeper
+stages. Rules:
 
   word@K       after every K words; at numbers, punctuation, newlines. The
                rule of the released AU-Net models, K = 1, 2, 4
@@ -21,13 +21,13 @@ deeper stages. Rules:
   punct        numbers, punctuation and newlines only
   stride@N     every N bytes
   bytes        every byte
-  entropy@FILE where a small model finds the next byte hard to guess
+  entropy@FILE where a small model finds the next byte hard to predict
   tokens@FILE  tokens of a vocabulary (tokenizer.json or .tiktoken), causally
   MODULE:NAME  your own; see docs/splitting.md
 
-Files may be of any kind that docs/data.md names, compressed or not, a
-directory, a glob, or "python" for the text that ships with Python. Without
-one, standard input is read.
+FILE may be any kind of file in docs/data.md, compressed or not, a directory, a
+glob, or "python" for the text that ships with Python. Without FILE, standard
+input is read.
 """
 
 import argparse

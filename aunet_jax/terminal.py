@@ -1,4 +1,4 @@
-"""What commands share: exit statuses, the error line, numbers for people."""
+"""What commands share: exit statuses, the error line, readable numbers."""
 
 import argparse
 import functools

@@ -1,17 +1,17 @@
-"""A byte-level BPE tokenizer, for the baseline that reads tokens.
+"""Trains a byte-level BPE tokenizer, for the token baseline.
 
   python -m aunet_jax.tokenizer --data='books/*.txt' --vocab_size=4096 \\
       --output=tokenizer.json
 
-The same text gives the same file, byte for byte. A run then reads tokens with
-`data.tokenizer=tokenizer.json`, `model.vocab_size` two more than the
-tokenizer's (BOS and EOS stand behind its tokens) and one stage.
+The same text gives the same file, byte for byte. To train on tokens, set
+`data.tokenizer=tokenizer.json`, `model.vocab_size` to two more than the
+tokenizer's (BOS and EOS follow its tokens), and use a model of one stage.
 
-Tokens are exact: those of a document, joined, are its bytes, which `encode`
-checks. BPE tokenizers read text, so bytes that are not valid UTF-8 are cut out
-first and stand as the tokens of single bytes, which every byte-level vocabulary
-has; the valid spans between them are encoded each for itself. The names of
-special tokens in a text are text.
+Tokenization is lossless: a document's tokens, joined, are its bytes, which
+`encode` checks. BPE tokenizers read text, so bytes that are not valid UTF-8
+become tokens of single bytes, which every byte-level vocabulary has, and the
+valid spans between them are encoded separately. Names of special tokens in a
+text are ordinary text.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The network: a whole row at once, or one position at a time.
 
-Read `network.py` first; it is the paper's figure.
+Read `network.py` first; it follows the paper's figure.
 """
 
 from aunet_jax.aunet.network import AUNet

@@ -1,20 +1,20 @@
-"""Compiles the programs of a run ahead of time, for hardware that is not here.
+"""Compiles a run's programs ahead of time, for hardware you need not have.
 
   python -m aunet_jax.compile --config=configs/aunet2_1b.py \\
       --topology=v5e:8x8 --config.mesh.fsdp=8
 
-Nothing runs and no accelerator is asked: the compiler is told which chips to
-compile for. What it lays out says whether the run fits their memory, what the
-chips send each other, and whether that is what the mesh should cost.
+Nothing runs and no accelerator is needed: the compiler is told which chips to
+compile for. Its output says whether the run fits their memory, what the chips
+send each other, and whether that is what the mesh should cost.
 
   --topology=v5e:4x4     TPU slices: v4, v5e, v5p, v6e and the chips along each
                          side of the slice (needs pip install -e '.[tpu]')
   --topology=h100:8      one host of NVIDIA H100 (needs '.[cuda]')
   no --topology          the devices of this machine
 
---time predicts each program's time by stage, part and pass, from the estimates
-that the TPU compiler writes into it (elsewhere by a roofline); --picture draws
-them. --compare shows what changed between two outputs of --time --json:
+--time predicts each program's time by stage, part and pass, from the TPU
+compiler's estimates (for other devices from a roofline); --picture draws it.
+--compare shows what changed between two outputs of --time --json:
 
   python -m aunet_jax.compile --compare before.json after.json
 

@@ -1,4 +1,4 @@
-"""Official AU-Net checkpoints to a workdir, and back.
+"""Converts official AU-Net checkpoints to a workdir, and back.
 
   python -m aunet_jax.convert --from-lingua=CKPT --workdir=DIR
   python -m aunet_jax.convert --to-lingua=OUT --workdir=DIR
@@ -7,8 +7,8 @@ CKPT is the official code's consolidated directory (`consolidated.pth` and
 `params.json`) or one file of weights, with its `params.json` beside it or
 given by --params: `.pth` (needs torch), `.npz` or `.safetensors` under the
 official names. OUT is a file of one of these kinds; `params.json` is written
-beside it. Generate, evaluate and train read the workdir; to train on, give the
-`config.json` in it as --config.
+beside it. generate, evaluate and train read the workdir; to continue training,
+give its `config.json` as --config.
 
 Nothing in a checkpoint is ever executed: `.pth` is read by torch with
 `weights_only=True`, `.npz` without pickle.

@@ -1,4 +1,4 @@
-"""Files to packed rows to batches; texts to rows.
+"""Turns files into packed rows and batches, and texts into rows.
 
 Read `corpora.py` first, then `packing.py`.
 """

@@ -1,4 +1,4 @@
-"""What a trained model says of given text.
+"""Scores given text under a trained model.
 
 Read `bits_per_byte.py` first; `__main__.py` is the command.
 """

@@ -2,15 +2,15 @@
 
   python -m aunet_jax.evaluate --workdir=runs/quickstart --data='books/*.txt'
 
-  # what every document costs, and context before each byte of long ones
+  # a score for every document, and overlapping windows for long ones
   python -m aunet_jax.evaluate --workdir=runs/quickstart --data='books/*.txt' \\
       --per_document=scores.jsonl --stride=1024
 
-The figure is total nats / (ln 2 * text bytes), EOS counted in the nats (see
-`loss.py`), never a mean of per-document means; for models of bytes and of
-tokens alike. A document that fits a row of the model is read in one piece; a
-longer one continues in the next as a fresh context, or with --stride in
-windows that overlap. docs/evaluation.md has every field of the result.
+It is total nats / (ln 2 * text bytes), with EOS in the nats (see `loss.py`),
+never a mean of per-document means, for models of bytes and of tokens alike. A
+document that fits a row of the model is read in one piece; a longer one
+continues in the next row as a fresh context, or, with --stride, in overlapping
+windows. docs/evaluation.md has every field of the result.
 """
 
 import argparse

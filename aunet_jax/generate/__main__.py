@@ -1,4 +1,4 @@
-"""Text from a trained AU-Net, streamed to the terminal.
+"""Generates text with a trained AU-Net, streamed to the terminal.
 
   python -m aunet_jax.generate --workdir=runs/quickstart --prompt='def main'
 

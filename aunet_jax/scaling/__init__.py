@@ -1,4 +1,4 @@
-"""Models compared at equal compute.
+"""Compares models at equal compute.
 
 Read `plan.py` first, then `analysis.py`; `__main__.py` is the command.
 """

@@ -1,10 +1,10 @@
-"""Scaling-law studies: plan runs at equal compute, run them, fit, draw.
+"""Scaling-law studies: plan runs at equal compute, run, fit, plot.
 
-  # what would be run; nothing is written
+  # show the plan; nothing is written
   python -m aunet_jax.scaling plan --models=byte,aunet2,aunet3 \\
       --budgets=1e19,2e19,4e19
 
-  # a study of files of text, three seeds a cell, written to a directory
+  # plan a study of your text, three seeds per size, into a directory
   python -m aunet_jax.scaling plan runs/study --models=byte,aunet2,stride@4 \\
       --budgets=1e13,3e13,1e14 --ratio=0.5 --seeds=0,1,2 --row_bytes=1024 \\
       --data=books/train --heldout=books/heldout --set=model.dtype=float32
@@ -13,7 +13,7 @@
   python -m aunet_jax.scaling plan runs/grid --models=aunet2 \\
       --budgets=1e18,1e19 --sizes=0.5,0.7,1,1.4,2 --data=books/train
 
-  # batch and learning rate swept at one budget, to fit laws of one's own
+  # a sweep of batch and learning rate at one budget, for laws of your own
   python -m aunet_jax.scaling plan runs/sweep --models=aunet2 --budgets=1e14 \\
       --batch_bytes=8e3,16e3 --learning_rates=0.002,0.004,0.008 --data=books
 
@@ -21,21 +21,21 @@
   python -m aunet_jax.scaling run runs/study --jobs=2
   python -m aunet_jax.scaling run runs/study --print
 
-  # the laws behind what the runs reached, with intervals and warnings
+  # fit scaling laws to the results, with intervals and warnings
   python -m aunet_jax.scaling fit runs/study
 
-  # figures and a report of one file; anything that fit reads can be drawn
+  # figures and a one-file report; reads anything that fit reads
   python -m aunet_jax.scaling plot runs/study --out=runs/study/report
 
-  # any setting of one config swept: planned, run and drawn by one command
+  # sweep any setting of one config: plans, runs and draws it
   python -m aunet_jax.scaling hp --config=configs/quickstart.py \\
       --set=optimizer.learning_rate=3e-3,6e-3,12e-3 --seeds=3 --study=runs/lr
 
   # do activations keep their size when a model gets wider?
   python -m aunet_jax.scaling coords --widths=64,128,256 --output=coords.svg
 
-A run is continued from its checkpoint however it ended, and a cell that is done
-is never run again. docs/scaling.md says what is compared, and how.
+`run` continues an interrupted run from its checkpoint and never repeats a
+finished cell. docs/scaling.md explains what is compared, and how.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Bytes to the level of every byte, on the host and inside jit.
+"""Computes the level of every byte, on the host and inside jit.
 
-Read `splitter.py` first, then `rules.py`. A rule of your own needs `Rule` and
-the character classes named here (docs/splitting.md).
+Read `splitter.py` first, then `rules.py`. Your own rule needs `Rule` and the
+character classes named here (docs/splitting.md).
 """
 
 from aunet_jax.splitting.rules import Rule
