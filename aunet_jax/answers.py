@@ -59,13 +59,15 @@ def main(argv: list[str] | None = None) -> int:
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add("--workdir", required=True, help="of a tuned model")
-  add("--data", required=True, help="records as it was tuned on")
+  add("--workdir", required=True, help="workdir of a tuned model")
+  add("--data", required=True, help="records in the format it was tuned on")
   add("--labels", help="answers to choose from, joined by commas")
-  add("--max_bytes", type=int, default=200, help="of an answer (%(default)s)")
-  add("--limit", type=int, help="questions to ask, from the start")
+  add("--max_bytes", type=int, default=200, help="longest answer (%(default)s)")
+  add("--limit", type=int, help="ask only the first N questions")
   add("--batch_size", type=int, default=16)
-  add("--output", metavar="FILE", help="write every answer as a JSON line")
+  add(
+    "--output", metavar="FILE", help="file for the answers, one JSON line each"
+  )
   terminal.add_trust_rules(parser)
   args = parser.parse_args(argv)
   for name in ("max_bytes", "limit", "batch_size"):

@@ -141,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     epilog="--config=FILE and --config.a.b=VALUE choose and edit the config.",
     allow_abbrev=False,
   )
-  parser.add_argument("--json", action="store_true", help="one JSON object")
+  parser.add_argument(
+    "--json", action="store_true", help="print one JSON object"
+  )
   real = parser.add_mutually_exclusive_group()
   real.add_argument(
     "--positions",
@@ -151,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   real.add_argument(
     "--contraction",
     metavar="K,…",
-    help="bytes per position of stages 2, 3, … in your text; rows are taken "
-    "to be as full as the scarcest stage allows",
+    help="bytes per position of stages 2, 3, … in your text; rows are as "
+    "full as the stage that fills first allows",
   )
   args, rest = parser.parse_known_args(argv)
   config = config_lib.parse_flags(rest)

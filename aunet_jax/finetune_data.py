@@ -197,10 +197,10 @@ def main(argv: list[str] | None = None) -> int:
   )
   add = parser.add_argument
   add("recipe", choices=RECIPES)
-  add("--input", required=True, help="a file, of translate a folder")
-  add("--output", required=True, help="a folder for the two files")
-  add("--pairs", help="of translate: deu-eng, or '*-eng', joined by commas")
-  add("--limit", type=int, help="examples to take, from the start")
+  add("--input", required=True, help="a file; for translate, a folder")
+  add("--output", required=True, help="folder for the two files")
+  add("--pairs", help="for translate: deu-eng, or '*-eng', joined by commas")
+  add("--limit", type=int, help="use only the first N examples")
   add("--heldout_fraction", type=float, default=0.1)
   args = parser.parse_args(argv)
   if not 0 <= args.heldout_fraction < 1:

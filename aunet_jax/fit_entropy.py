@@ -38,12 +38,21 @@ def main(argv: list[str] | None = None) -> None:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--workdir", required=True, help="a trained model, best a small one")
-  add("--data", required=True, help="text, as data.train")
-  add("--output", required=True, help="file to write, FILE of entropy@FILE")
+  add(
+    "--workdir",
+    required=True,
+    help="workdir of a trained model, preferably a small one",
+  )
+  add("--data", required=True, help="text to read, as config.data.train")
+  add("--output", required=True, help="file to write: the FILE of entropy@FILE")
   add("--bytes_per_segment", type=float, default=5.0)
   add("--mode", choices=MODES, default="threshold")
-  add("--max_bytes", type=int, default=4_000_000, help="text to read")
+  add(
+    "--max_bytes",
+    type=int,
+    default=4_000_000,
+    help="bytes of text to read at most",
+  )
   terminal.add_trust_rules(parser)
   add("--text_field", default="text", help="as config.data.text_field")
   add("--separator", help="as config.data.separator")

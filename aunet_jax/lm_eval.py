@@ -45,35 +45,37 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--workdir", help="a trained run")
-  add("--tasks", required=True, help="names, joined by commas, or list")
+  add("--workdir", help="workdir of a trained run")
+  add("--tasks", required=True, help="task names, joined by commas, or list")
   add("--include_path", metavar="DIR", help="folder of task files (YAML)")
   add(
     "--data_dir",
     metavar="DIR",
-    help="folders of the data of the tasks shipped here, joined by commas",
+    help="folders with the data of the tasks shipped here, joined by commas",
   )
   add(
     "--run_code",
     action="store_true",
-    help="run programs that the model writes, where a task is to write some",
+    help="allow tasks to run the programs that the model writes",
   )
-  add("--num_fewshot", type=int, help="examples before a question")
+  add("--num_fewshot", type=int, help="solved examples before a question")
   add(
     "--apply_chat_template",
     action="store_true",
-    help="ask as a user, of a model that was tuned on conversations",
+    help="ask as the user, for a model that was tuned on conversations",
   )
   add(
     "--fewshot_as_multiturn",
     action="store_true",
-    help="examples are turns of their own",
+    help="make every example a turn",
   )
-  add("--system_instruction", metavar="TEXT", help="what the system says first")
-  add("--limit", type=int, help="questions of a task (default: all)")
+  add("--system_instruction", metavar="TEXT", help="the system's turn")
+  add("--limit", type=int, help="questions per task (default: all)")
   add("--batch_size", type=int, default=16, help="texts at a time (default 16)")
-  add("--use_cache", metavar="FILE", help="keep answers, and use those kept")
-  add("--seed", type=int, default=0, help="of text that is drawn (default 0)")
+  add(
+    "--use_cache", metavar="FILE", help="file that caches answers between runs"
+  )
+  add("--seed", type=int, default=0, help="for sampled text (default 0)")
   add("--output", metavar="FILE", help="write the results as JSON")
   terminal.add_trust_rules(parser)
   return parser

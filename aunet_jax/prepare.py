@@ -65,7 +65,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     "--row_bytes",
     type=int,
     default=8192,
-    help="positions of the byte stage in a row, for the plan",
+    help="bytes in a row, for the plan",
   )
   add(
     "--plan", action="store_true", help="only recommend capacities, from a "
@@ -74,44 +74,53 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add(
     "--text_field",
     default="text",
-    help="of JSON objects and table rows; a.b goes inside",
+    help="text field of JSON objects and table rows; a.b is nested",
   )
   add(
     "--separator",
-    help="between the documents of a text file: line, blank_line or any "
+    help="separates the documents of a text file: line, blank_line or any "
     "string (default: a file is a document)",
   )
   add(
     "--heldout_fraction",
     type=float,
     default=0.02,
-    help="of documents, by a stable hash of their text; near copies of "
-    "documents that train are not held out",
+    help="share of documents held out, by a hash of their text; near copies "
+    "of training documents are not held out",
   )
-  add("--seed", type=int, default=0, help="of the shuffle")
+  add("--seed", type=int, default=0, help="seed of the shuffle")
   add(
     "--shard_bytes",
     type=int,
     default=256_000_000,
-    help="text in a shard, about",
+    help="approximate bytes of text in a shard",
   )
   add(
     "--max_skip_fraction",
     type=float,
     default=0.01,
-    help="of records, and of bytes of text; more that is lost is an error",
+    help="fail if more than this share of the records, or of the bytes of "
+    "text, is lost",
   )
   index = parser.add_argument_group(
     "index", "settings of data and model come from --config, as in train"
   )
   add = index.add_argument
-  add("--index", metavar="CACHE", help="directory: a run's data.cache_dir")
-  add("--config", metavar="FILE", help="and --config.a.b=VALUE: as in train")
-  add("--workers", type=int, default=1, help="processes of this machine")
+  add(
+    "--index",
+    metavar="CACHE",
+    help="directory to build a run's index in, its data.cache_dir",
+  )
+  add(
+    "--config",
+    metavar="FILE",
+    help="config of the run; --config.a.b=VALUE as in train",
+  )
+  add("--workers", type=int, default=1, help="processes on this machine")
   add(
     "--share",
     metavar="I/N",
-    help="build only share I (from 0) of N; the last to end joins them",
+    help="build only share I (from 0) of N; the last to finish joins them",
   )
   args, rest = parser.parse_known_args(argv)
   if args.index is not None:

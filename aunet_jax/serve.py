@@ -19,15 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     allow_abbrev=False,
   )
   parser.add_argument("--workdir", required=True)
-  parser.add_argument("--port", type=int, default=8000, help="0 = a free one")
+  parser.add_argument(
+    "--port", type=int, default=8000, help="0 = any free port"
+  )
   parser.add_argument("--int8", action="store_true")
   parser.add_argument(
     "--host",
     action="append",
     default=[],
     metavar="NAME",
-    help="also answer to this host name, for a proxy on this machine that "
-    "hands requests on; may be given again",
+    help="also accept this host name, for a proxy on this machine; may be "
+    "given again",
   )
   terminal.add_trust_rules(parser)
   args = parser.parse_args(argv)

@@ -50,14 +50,23 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("files", nargs="*", metavar="FILE", help="what to read; - or none: stdin")
+  add(
+    "files",
+    nargs="*",
+    metavar="FILE",
+    help="what to read; - or none: standard input",
+  )
   add(
     "--rule",
     default="word@1",
     help="rules of stages 2, 3, …, joined by commas (default: word@1)",
   )
-  add("--text", help="a text to split, in place of files")
-  add("--html", metavar="OUT", help="write a page here, not to the terminal")
+  add("--text", help="a text to split, instead of files")
+  add(
+    "--html",
+    metavar="OUT",
+    help="write a web page to this file, instead of the terminal",
+  )
   add(
     "--stats",
     action="store_true",
@@ -68,7 +77,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     "--max_bytes",
     type=int,
     default=4000,
-    help="text to show, at most (default: 4000)",
+    help="bytes of text to show at most (default: 4000)",
   )
   add(
     "--row_bytes",
@@ -82,13 +91,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     default=5,
     help="longest segments of stage 2 to print with --stats (default: 5)",
   )
-  add("--text_field", default="text", help="of JSON objects and table rows")
-  add("--separator", help="between documents of a text file; see docs/data.md")
+  add(
+    "--text_field",
+    default="text",
+    help="text field of JSON objects and table rows",
+  )
+  add(
+    "--separator",
+    help="separates the documents of a text file; see docs/data.md",
+  )
   add(
     "--color",
     choices=("auto", "always", "never"),
     default="auto",
-    help="auto: where the output is a terminal and NO_COLOR is not set",
+    help="auto: if the output is a terminal and NO_COLOR is not set",
   )
   args = parser.parse_args(argv)
   if args.text is not None and args.files:

@@ -32,8 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add("--data", required=True, help="text to learn from, as config.data.train")
-  add("--vocab_size", type=int, default=4096, help="tokens (default 4096)")
+  add("--data", required=True, help="text to train on, as config.data.train")
+  add(
+    "--vocab_size",
+    type=int,
+    default=4096,
+    help="number of tokens (default 4096)",
+  )
   add("--output", required=True, type=Path, help="the tokenizer.json to write")
   add("--text_field", default="text", help="as config.data.text_field")
   add("--separator", help="as config.data.separator")
@@ -41,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     "--max_bytes",
     type=int,
     default=100_000_000,
-    help="text to learn from at most, from the start (default 100 MB)",
+    help="use at most the first N bytes of text (default 100 MB)",
   )
   args = parser.parse_args(argv)
   if args.max_bytes < 1:

@@ -63,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--what", choices=("train", "decode", "both"), default="train"
   )
   parser.add_argument(
-    "--rows", type=int, default=8, help="rows that decode (default 8)"
+    "--rows", type=int, default=8, help="rows that decode together (default 8)"
   )
   parser.add_argument(
-    "--bytes", type=int, help="history of those rows (default: a whole row)"
+    "--bytes",
+    type=int,
+    help="bytes those rows have already (default: a whole row)",
   )
   parser.add_argument(
     "--check",
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="compare FLOPs with XLA's count, from small unrolled programs",
   )
   parser.add_argument(
-    "--time", action="store_true", help="predict the time by part"
+    "--time", action="store_true", help="predict the time, by part"
   )
   parser.add_argument(
     "--picture",
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--compare",
     nargs=2,
     metavar="FILE",
-    help="two files that end in the JSON of --time",
+    help="two files whose last line is the JSON of --time",
   )
   parser.add_argument(
     "--json", action="store_true", help="the last line is one JSON object"

@@ -35,7 +35,9 @@ def main(args=None) -> None:
   way.add_argument("--to-lingua", metavar="OUT", help="official file to write")
   parser.add_argument("--workdir", required=True)
   parser.add_argument(
-    "--params", metavar="JSON", help="official params.json (default: beside)"
+    "--params",
+    metavar="JSON",
+    help="official params.json (default: beside the weights)",
   )
   parser.add_argument(
     "--rules", help="splitting rules of stages 2, 3, …, joined by commas"
@@ -43,7 +45,7 @@ def main(args=None) -> None:
   parser.add_argument(
     "--official_rows",
     action="store_true",
-    help="no document masks: the documents of a row see each other",
+    help="no document mask: documents in a row see each other",
   )
   terminal.add_trust_rules(parser)
   flags = parser.parse_args(args)

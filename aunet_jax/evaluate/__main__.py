@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     epilog="the last line of the output is one JSON object; eos_counted says\n"
     "that the nats of each document's EOS are in bits_per_byte.",
   )
-  parser.add_argument("--workdir", required=True, help="a trained run")
+  parser.add_argument(
+    "--workdir", required=True, help="workdir of a trained run"
+  )
   parser.add_argument(
     "--data",
     required=True,
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument(
     "--separator",
-    help="between the documents of a text file: line, blank_line or any "
+    help="separates the documents of a text file: line, blank_line or any "
     "string (default: a file is a document)",
   )
   parser.add_argument(
@@ -58,14 +60,14 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     "--int8",
     action="store_true",
-    help="with matrices rounded to int8, as generation with --int8",
+    help="round matrices to int8, as generate --int8 does",
   )
   parser.add_argument(
     "--stride",
     type=int,
     metavar="N",
-    help="windows of a long document start every N positions and overlap "
-    "(default: they are disjoint)",
+    help="start a window every N positions of a long document, so that they "
+    "overlap (default: no overlap)",
   )
   parser.add_argument(
     "--per_document",
@@ -77,14 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     type=int,
     default=16 << 20,
     metavar="N",
-    help="text to give to gzip and xz for comparison, at about a second a MB "
-    "(default 16 MiB; 0: none)",
+    help="bytes of the text that gzip and xz compress for comparison, at "
+    "about a second per MB (default 16 MiB; 0: none)",
   )
   parser.add_argument(
     "--answers",
     action="store_true",
-    help="the data are conversations, read as the model was tuned on them; "
-    "what the assistant says is scored",
+    help="the data are conversations in the format the model was tuned on; "
+    "score only what the assistant says",
   )
   terminal.add_trust_rules(parser)
   args = parser.parse_args(argv)

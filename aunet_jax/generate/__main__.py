@@ -28,17 +28,17 @@ def make_parser() -> argparse.ArgumentParser:
       "  python -m aunet_jax.generate --workdir=runs/quickstart "
       "--prompt='def main'\n"
       "  … --temperature=0                    the most likely text\n"
-      "  … --temperature=0.8 --top_p=0.95     livelier, few mistakes\n"
+      "  … --temperature=0.8 --top_p=0.95     more varied, few mistakes\n"
       "  … --stop='\\n\\n' --samples=4          four paragraphs\n"
-      "  … --interactive                      type, read, type on\n"
-      "  … --chat                             talk with a tuned model\n"
+      "  … --interactive                      type, read, type again\n"
+      "  … --chat                             chat with a tuned model\n"
     ),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add("--workdir", required=True, help="of a training run, or a conversion")
-  add("--prompt", help="text to continue; left out: starts a document")
+  add("--workdir", required=True, help="workdir of a run or a conversion")
+  add("--prompt", help="text to continue (default: start a new document)")
   add(
     "--max_bytes",
     type=int,
@@ -49,15 +49,15 @@ def make_parser() -> argparse.ArgumentParser:
     "--temperature",
     type=float,
     default=0.8,
-    help="0 = always the most likely byte; 1 = as the model believes "
+    help="0 = always the most likely byte; 1 = the model's own probabilities "
     "(%(default)s)",
   )
-  add("--top_k", type=int, help="draw from the k most likely bytes only")
+  add("--top_k", type=int, help="sample from the k most likely bytes only")
   add(
     "--top_p",
     type=float,
     default=1.0,
-    help="draw from the fewest bytes that have this much probability "
+    help="sample from the fewest bytes whose probabilities add up to this "
     "(%(default)s)",
   )
   add(
@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     "--no_repeat",
     type=int,
     metavar="N",
-    help="never write N bytes in a row that were written before",
+    help="never write the same N bytes in a row twice",
   )
   add("--seed", type=int, default=0, help="same seed, same text (%(default)s)")
   add(
@@ -89,13 +89,14 @@ def make_parser() -> argparse.ArgumentParser:
   add(
     "--max_positions",
     type=int,
-    help="go on past the length the model was trained on, up to this many",
+    help="allow texts longer than the model was trained on, up to this many "
+    "positions",
   )
   add(
     "--levels",
     choices=("rule", "head"),
     default="rule",
-    help="what cuts the generated text into stages: the splitting rule, or "
+    help="what splits the generated text into stages: the splitting rule, or "
     "the level head of a model trained with one (%(default)s)",
   )
   add(
@@ -106,20 +107,24 @@ def make_parser() -> argparse.ArgumentParser:
   add(
     "--drafts",
     action="store_true",
-    help="let the heads of a model trained with model.heads draft bytes and "
-    "verify several at once; the same text",
+    help="speculative decoding with the heads of a model trained with "
+    "model.heads; gives the same text",
   )
   add("--int8", action="store_true", help="keep matrices as 8-bit integers")
   terminal.add_trust_rules(parser)
-  add("--json", action="store_true", help="one JSON object per sample instead")
-  add("--interactive", action="store_true", help="prompt again and again")
+  add("--json", action="store_true", help="print one JSON object per sample")
+  add(
+    "--interactive",
+    action="store_true",
+    help="type a line, read its continuation, and again",
+  )
   add(
     "--chat",
     action="store_true",
-    help="a conversation with a model that was tuned on some; with --prompt, "
+    help="chat with a model that was tuned on conversations; with --prompt, "
     "one answer",
   )
-  add("--system", metavar="TEXT", help="what the system says before a --chat")
+  add("--system", metavar="TEXT", help="the system's turn before a --chat")
   return parser
 
 

@@ -65,13 +65,13 @@ def _add_plan(parser) -> None:
     help="budgets above it have only the first seed",
   )
   add("--data", help="text to train on, as config.data.train")
-  add("--heldout", help="text to compare on, as config.data.heldout")
-  add("--tokenizer", help="tokenizer.json of bpe models")
+  add("--heldout", help="held-out text, as config.data.heldout")
+  add("--tokenizer", help="tokenizer.json for bpe models")
   add(
     "--row_bytes",
     type=_positive,
     default=laws.CAPACITIES[0],
-    help="bytes of a row, the same for all models (default 8192)",
+    help="bytes in a row, the same for all models (default 8192)",
   )
   for name, text in (
     ("--batch_bytes", "bytes of a step"),
@@ -83,12 +83,12 @@ def _add_plan(parser) -> None:
     "--sizes",
     type=_numbers,
     default=[1.0],
-    help="IsoFLOP grid: FLOPs per byte over what the ratio asks for",
+    help="IsoFLOP grid: factors of the FLOPs per byte that the ratio asks for",
   )
   add(
     "--laws",
     metavar="FILE",
-    help="laws of your own by model, JSON; docs/scaling.md shows one",
+    help="JSON of your own laws by model; docs/scaling.md shows one",
   )
   add(
     "--set",
@@ -105,25 +105,30 @@ def _add_cost(parser) -> None:
   add(
     "--flops_per_second",
     type=float,
-    help="padded FLOPs a second of the machine, for the time it will take",
+    help="padded FLOPs per second of your machine, to estimate time",
   )
   add(
     "--calibrate",
     action="store_true",
     help="measure that here, on the middle cell",
   )
-  add("--price_per_hour", type=float, help="of that machine, for the cost")
+  add("--price_per_hour", type=float, help="of that machine, to estimate cost")
 
 
 def _add_run(parser) -> None:
   add = parser.add_argument
   add("--jobs", type=_positive, default=1, help="cells at a time (default 1)")
-  add("--only", default="", metavar="PART,…", help="only ids with such a part")
-  add("--retry", action="store_true", help="failed cells as well")
+  add(
+    "--only",
+    default="",
+    metavar="PART,…",
+    help="only cells whose id contains this",
+  )
+  add("--retry", action="store_true", help="also run failed cells again")
   add(
     "--minutes",
     type=float,
-    help="stop after so long; the next run goes on from there",
+    help="stop after this time; the next run continues",
   )
 
 
@@ -135,7 +140,7 @@ def _add_run_command(parser) -> None:
   parser.add_argument(
     "--print",
     action="store_true",
-    help="only print a training command for every cell that is not done",
+    help="only print the training command of every cell that is not done",
   )
   terminal.add_trust_rules(parser)
 
@@ -182,7 +187,8 @@ def _add_sweep(parser) -> None:
     action="append",
     default=[],
     metavar="'NAME: A=1 B=2'",
-    help="settings that go together; each --case is one value more of a list",
+    help="settings that change together; each --case is one more value of a "
+    "list",
   )
   add(
     "--seeds",
@@ -237,7 +243,7 @@ def _add_coords(parser) -> None:
   )
   add("--steps", type=_positive, default=10, help="of training (default 10)")
   add("--seeds", type=_positive, default=1, help="to average (default 1)")
-  add("--output", type=Path, metavar="FILE.svg", help="the picture")
+  add("--output", type=Path, metavar="FILE.svg", help="picture to write")
   add("--json", action="store_true", help="print all numbers as JSON")
 
 
@@ -324,7 +330,8 @@ def _add_fit(parser, out_required: bool) -> None:
   add(
     "--drop_flagged",
     action="store_true",
-    help="leave out what a published table marks in its column `outlier`",
+    help="leave out points that a published table marks in its column "
+    "`outlier`",
   )
 
 

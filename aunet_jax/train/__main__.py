@@ -147,27 +147,31 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--profile",
     metavar="FIRST:LAST",
-    help="record these steps into WORKDIR/profile, for TensorBoard and xprof; "
-    "of a run under way, touch WORKDIR/profile_now",
+    help="record these steps into WORKDIR/profile, for TensorBoard and "
+    "xprof; while a run is going, touch WORKDIR/profile_now instead",
   )
   parser.add_argument(
     "--accept_learning_rate",
     action="store_true",
-    help="go on though more steps make the learning rate jump",
+    help="continue although more steps make the learning rate jump",
   )
   hosts = parser.add_argument_group("several hosts or processes")
   hosts.add_argument(
     "--multihost",
     action="store_true",
-    help="join the other hosts as TPU VMs, GKE and SLURM describe them",
+    help="join the other hosts of a TPU VM slice, GKE or SLURM job",
   )
   hosts.add_argument(
-    "--coordinator", metavar="HOST:PORT", help="process 0, named by hand"
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="address of process 0, if you start processes by hand",
   )
   hosts.add_argument(
     "--num_processes", type=int, help="start only with this many processes"
   )
-  hosts.add_argument("--process_id", type=int, help="this one, from 0")
+  hosts.add_argument(
+    "--process_id", type=int, help="number of this process, from 0"
+  )
   hosts.add_argument(
     "--start_timeout",
     type=int,
