@@ -11,6 +11,7 @@ on a disk it would rename its folder.
 TensorStore read and write arrays at the same gs:// names by themselves.
 """
 
+import base64
 import contextlib
 import functools
 import json
@@ -307,8 +308,6 @@ def _error(path, done: str, status: int | None, reason: str) -> BucketError:
 
 def _number(crc32c: str) -> int:
   """As the store writes it: base64 of its four bytes, the highest first."""
-  import base64
-
   return int.from_bytes(base64.b64decode(crc32c), "big")
 
 
@@ -473,9 +472,12 @@ class Lock:
       pass
     except OSError:
       return  # the next one may come through
-    with contextlib.suppress(OSError):
-      if self._path.read_bytes() == self._said:  # sent twice, as above
-        self._generation = self._path.generation()
+    with contextlib.suppress(FileNotFoundError):
+      try:
+        if self._path.read_bytes() == self._said:  # sent twice, as above
+          self._generation = self._path.generation()
+          return
+      except BucketError:
         return
     print(
       f"\nerror: {self._path} was taken over or deleted: another process may "
