@@ -90,8 +90,8 @@ class StageConfig:
   attention: str = "auto"  # kernel (`attention.py`); auto: by platform
   conv: int = 0  # taps of a causal convolution before attention; 0 = none
   qk_norm: bool = False  # RMSNorm of every query and key before RoPE
-  # Width at which learning rate and first values were found good; a wider stage
-  # then trains well with them (`aunet/width.py`). None = no such scaling.
+  # Width at which the learning rate was tuned; initialization and learning
+  # rates are scaled from it to dim (`aunet/width.py`). None = no scaling.
   base_dim: int | None = None
 
   def __post_init__(self):
@@ -170,13 +170,12 @@ class ModelConfig:
   final_norm: bool = True  # False: logits as the official evaluation's
   level_loss_weight: float = 0.0  # > 0 adds the level head and its loss
   logit_cap: float | None = None  # c: logits become c tanh(logits / c)
-  tie_embeddings: bool = False  # the head is the byte table, turned
+  tie_embeddings: bool = False  # the head is the transposed byte embedding
   zero_head: bool = False  # the head begins at 0: every byte equally likely
-  ngram_rows: int = 0  # of each table of n-grams, a power of two; 0 = none
+  ngram_rows: int = 0  # rows of each n-gram table, a power of two; 0 = none
   ngram_longest: int = 8  # bytes; there is a table for each n from 3 to it
   heads: int = 1  # bytes predicted at a position: the next, and those after it
-  # Of the loss of each head after the first, added to the first's (0.3 in
-  # arXiv 2412.19437).
+  # Weight of the loss of each head after the first (0.3 in arXiv 2412.19437).
   heads_loss_weight: float = 0.3
   dtype: str = "bfloat16"  # compute; norms, softmax, logits, loss: float32
   param_dtype: str = "float32"
@@ -312,11 +311,12 @@ class DataConfig:
   # a path or {"path": ..., "weight": ...} with weights in bytes.
   train: typing.Any = "python"
   heldout: typing.Any = None  # as train; None: a share of train's documents
-  # Of documents, by a stable hash of the text; near copies stay together.
+  # Share of documents, by a hash of the text; near copies stay together.
   heldout_fraction: float = 0.02
-  text_field: str = "text"  # of JSONL objects and table rows; "a.b" goes inside
+  text_field: str = "text"  # of JSONL objects and table rows; "a.b" is nested
   # What a record is: a text, a prompt with its completion, or the messages of
-  # a conversation. Of those two only answers are learned (docs/finetuning.md).
+  # a conversation. In the last two the loss counts answers only
+  # (docs/finetuning.md).
   format: str = "text"
   prompt_field: str = "prompt"  # of completion
   completion_field: str = "completion"
@@ -326,11 +326,11 @@ class DataConfig:
   separator: str | None = None
   tokenizer: str | None = None  # a tokenizer.json; None = read bytes
   cache_dir: str | None = None  # None = WORKDIR/data
-  # Whether a run builds the index that the cache lacks. None: yes, unless
+  # Whether a run builds an index that is not in the cache. None: yes, unless
   # several processes would wait for one of more than 10 GB of files.
   build_index: bool | None = None
   num_workers: int = 0  # Grain worker processes; 0 = in this process
-  # Of records, and of bytes of text; more that is lost stops the run.
+  # The run stops if more than this share of records, or of text, is skipped.
   max_skip_fraction: float = 0.01
 
   def __post_init__(self):
@@ -364,11 +364,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  # A workdir whose newest parameters the run begins with; None = random ones.
+  # Workdir whose newest parameters the run starts from; None = random ones.
   init_from: str | None = None
-  # A workdir whose run this one branches off: state, data and log go on from
-  # its newest checkpoint up to which the learning rates agree, or from that of
-  # branch_step. None = a run of its own.
+  # Workdir of a run to branch off: state, data and log continue from its newest
+  # checkpoint up to which the learning rates agree, or from that of
+  # branch_step. None = not a branch.
   branch_from: str | None = None
   branch_step: int | None = None
   num_steps: int = 1000
@@ -378,10 +378,10 @@ class TrainConfig:
   eval_every_steps: int = 0  # held-out evaluation; 0 = only at the end
   eval_bytes: int | None = None  # bytes of held-out text; None = all of it
   max_nonfinite_steps: int = 10  # skipped steps in a row before the run stops
-  max_roll_backs: int = 0  # times it goes back to a checkpoint instead
-  spike_sigmas: float = 6.0  # deviations above its mean that log a loss
-  # A process in which nothing happens for so many seconds, and for so many
-  # times the median of its steps, ends with status 1; seconds None = never.
+  max_roll_backs: int = 0  # times it then goes back to a checkpoint instead
+  spike_sigmas: float = 6.0  # deviations above the mean that make a spike
+  # A process in which nothing happens for this many seconds, and this many
+  # median steps, ends with status 1; hang_seconds None = never.
   hang_seconds: float | None = 1800.0
   hang_factor: float = 20.0
   sample_prompt: str = ""  # text the final sample continues
@@ -461,13 +461,13 @@ class OptimizerConfig:
   # list, or text as "0,1". A rate of 0 freezes a stage. None = 1 for each.
   stage_lr: typing.Any = None
   stage_decay: typing.Any = None
-  embedding_lr: float = 1.0  # factors besides, of tables that are looked up
+  embedding_lr: float = 1.0  # further factors, of embedding tables and head
   head_lr: float = 1.0
-  # What weight decay leaves alone, joined by ",": norms, embeddings, head. The
+  # Parameters without weight decay, joined by ",": norms, embeddings, head. The
   # paper's code decays all.
   no_decay: str = ""
-  # Decay of a running mean of the parameters, which is then what is evaluated,
-  # written with and exported; None = none is kept.
+  # Decay of a running mean of the parameters, which is then evaluated, generated
+  # with and exported; None = no mean.
   average: float | None = None
 
   def __post_init__(self):
@@ -517,10 +517,9 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
   every_steps: int = 500
-  every_minutes: float | None = 20.0  # besides; None = by steps alone
+  every_minutes: float | None = 20.0  # also; None = by steps alone
   keep: int = 3  # newest checkpoints kept
-  # Multiples of so many steps are saved as well and stay beside the newest
-  # ones; None = no such milestones.
+  # Multiples of this many steps are also saved and kept; None = none.
   milestone_steps: int | None = None
 
   def __post_init__(self):
