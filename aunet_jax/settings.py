@@ -466,8 +466,8 @@ class OptimizerConfig:
   # Parameters without weight decay, joined by ",": norms, embeddings, head. The
   # paper's code decays all.
   no_decay: str = ""
-  # Decay of a running mean of the parameters, which is then evaluated, generated
-  # with and exported; None = no mean.
+  # Decay of a running mean of the parameters; evaluation, generation and export
+  # then use the mean. None = no mean.
   average: float | None = None
 
   def __post_init__(self):
