@@ -1,7 +1,7 @@
 """Makes the file of the rule `entropy@FILE` from a trained model.
 
-  python -m aunet_jax.fit_entropy --workdir=runs/small --data='books/*.txt' \\
-      --output=entropy.npz --bytes_per_segment=5
+  python -m aunet_jax.fit_entropy --workdir=runs/quickstart \\
+      --data='books/*.txt' --output=entropy.npz --bytes_per_segment=5
   python -m aunet_jax.split --rule=entropy@entropy.npz FILE
 
 The rule cuts at a byte if the model's entropy of the next byte is above a

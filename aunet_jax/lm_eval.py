@@ -1,9 +1,10 @@
 """Scores a model on tasks of lm-evaluation-harness (pip install '.[eval]').
 
-  python -m aunet_jax.lm_eval --workdir=runs/small --tasks=lambada_openai,piqa
+  python -m aunet_jax.lm_eval --workdir=runs/quickstart \\
+      --tasks=lambada_openai,piqa
 
   # tasks shipped here (--tasks=list shows them): local data, no network
-  python -m aunet_jax.lm_eval --workdir=runs/small --data_dir=data/eval \\
+  python -m aunet_jax.lm_eval --workdir=runs/quickstart --data_dir=data/eval \\
       --tasks=aunet_lambada,aunet_cute --limit=200 --output=results.json
 
 A name may be one task of a group, such as aunet_cute::spell, or a pattern, such
