@@ -3,7 +3,8 @@
 import math
 import re
 
-BITS = {"pred": 8, "bf16": 16}  # others carry their width: f32, s8, f8e4m3fn
+# Others carry their width: f32, s8, f8e4m3fn.
+BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
@@ -23,7 +24,9 @@ CALLED_LIST = re.compile(
 
 
 def num_bytes(dtype: str, dims: tuple[int, ...]) -> int:
-  bits = BITS.get(dtype) or int(re.match(r"[a-z]+(\d+)", dtype)[1])
+  bits = BITS.get(dtype)
+  if bits is None:
+    bits = int(re.match(r"[a-z]+(\d+)", dtype)[1])
   return math.prod(dims) * bits // 8
 
 

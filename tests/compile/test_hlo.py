@@ -20,3 +20,4 @@ def test_dtypes_have_their_widths():
 
   assert size("bf16") == 24 and size("f32") == 48 and size("pred") == 12
   assert size("f8e4m3fn") == 12 and size("s4") == 6
+  assert size("token") == 0  # what orders instructions takes no memory
