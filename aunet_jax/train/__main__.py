@@ -203,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
       args.heartbeat_timeout,
     )
     devices.present()
+    open_things.enter_context(together.noticing_the_gone())
     with together.all_or_none():
       config = config_lib.parse_flags([f"--config={args.config}", *overrides])
     open_things.enter_context(lock_workdir(workdir))

@@ -19,19 +19,52 @@ class ElsewhereError(Failure):
   """Another process of the run failed."""
 
 
+@contextlib.contextmanager
+def _meeting():
+  """Of a process that is gone JAX says so as a ValueError, or as its own."""
+  try:
+    yield
+  except (ValueError, RuntimeError) as error:
+    raise gone(error) from error
+
+
+@contextlib.contextmanager
+def noticing_the_gone():
+  """The same for whatever else the processes do together; of CPUs alone.
+
+  On other devices the runtime ends the processes that are left.
+  """
+  try:
+    yield
+  except (ValueError, jax.errors.JaxRuntimeError) as error:
+    if jax.process_count() == 1 or "Gloo" not in str(error):
+      raise
+    raise gone(error) from error
+
+
+def gone(error: Exception) -> ElsewhereError:
+  """What to raise where another process has not answered."""
+  reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+  return ElsewhereError(
+    f"another process of the run is gone ({reason}); run the same command "
+    f"again on every host."
+  )
+
+
 def broadcast(number: int) -> int:
   """The number that process 0 has."""
   if jax.process_count() == 1:
     return number
-  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+  with _meeting():
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def gather(number: float) -> list[float]:
   """The number that each process has, process 0 first."""
   if jax.process_count() == 1:
     return [number]
-  found = multihost_utils.process_allgather(np.float32(number))
-  return found.tolist()
+  with _meeting():
+    return multihost_utils.process_allgather(np.float32(number)).tolist()
 
 
 @contextlib.contextmanager
@@ -58,7 +91,8 @@ def all_or_none():
     message = str(failure).encode(errors="replace")[:_MESSAGE_BYTES]
     report[0] = status_of(failure)
     report[1 : 1 + len(message)] = list(message)
-  reports = multihost_utils.process_allgather(report)
+  with _meeting():
+    reports = multihost_utils.process_allgather(report)
   failed = [i for i, row in enumerate(reports) if row[0]]
   if not failed:
     return

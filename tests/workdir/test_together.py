@@ -41,3 +41,30 @@ def test_processes_without_failure_go_on(two_processes):
     pass
   with pytest.raises(KeyError), together.all_or_none():
     raise KeyError  # a defect of ours keeps its traceback
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_a_process_that_is_gone_is_worth_another_try(
+  two_processes, monkeypatch, kind
+):
+  def lost(*args, **kwargs):
+    raise kind("UNKNOWN: Gloo AllGather failed: closed by peer\nmore")
+
+  for name in ("broadcast_one_to_all", "process_allgather"):
+    monkeypatch.setattr(together.multihost_utils, name, lost)
+
+  def meet():
+    with together.all_or_none():
+      pass
+
+  for use in (meet, lambda: together.broadcast(1), lambda: together.gather(1)):
+    with pytest.raises(
+      together.ElsewhereError, match="is gone .*by peer.; run"
+    ):
+      use()
+  assert together.ElsewhereError.status == 1
+  with pytest.raises(together.ElsewhereError), together.noticing_the_gone():
+    raise ValueError("UNKNOWN: Gloo AllReduce failed")
+  with pytest.raises(ValueError, match="^a bad flag$"):
+    with together.noticing_the_gone():
+      raise ValueError("a bad flag")
