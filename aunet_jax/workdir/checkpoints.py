@@ -382,7 +382,6 @@ class Checkpointer:
         raise self._failure
 
   def _write_error(self, step, error) -> SaveError:
-    name = "a checkpoint" if step is None else f"checkpoint {step}"
     saved = sorted(s for s in self._manager.all_steps() if s != step)
     newest = (
       f"The newest checkpoint is {saved[-1]}"
@@ -390,7 +389,7 @@ class Checkpointer:
       else "There is no checkpoint yet"
     )
     return SaveError(
-      f"{name} could not be written under {self.directory}: "
+      f"checkpoint {step} could not be written under {self.directory}: "
       f"{_first_line(error)}. {newest}; when that is repaired, run the same "
       f"command again to continue."
     )

@@ -392,7 +392,7 @@ def test_a_full_disk_during_a_checkpoint_is_a_clear_error(corpus, tmp_path):
   assert "Traceback" not in process.stderr  # JAX's cache may warn
   said = [x for x in process.stderr.splitlines() if x.startswith("error: ")]
   assert len(said) == 1, process.stderr
-  assert said[0].startswith("error: a checkpoint could not be written")
+  assert said[0].startswith("error: checkpoint 3 could not be written")
   assert layout.steps(tmp_path / "run") == []
 
 
