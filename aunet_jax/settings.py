@@ -387,6 +387,7 @@ class TrainConfig:
   sample_prompt: str = ""  # text the final sample continues
   sample_bytes: int = 400  # length of the final sample; 0 = none
   tensorboard: bool = True
+  wandb: str | None = None  # project of Weights & Biases to log to as well
 
   def __post_init__(self):
     for name in (

@@ -22,6 +22,7 @@ FREE_FIELDS = (
   "train.eval_bytes",
   "train.sample_",
   "train.tensorboard",
+  "train.wandb",
   "train.grad_accumulation",
   "train.max_nonfinite_steps",
   "train.max_roll_backs",

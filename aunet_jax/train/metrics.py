@@ -1,4 +1,7 @@
-"""What a run tells: progress line, metrics.jsonl, TensorBoard, loss curve."""
+"""What a run tells: progress line, metrics.jsonl, TensorBoard, loss curve.
+
+And Weights & Biases, where it is asked for.
+"""
 
 import contextlib
 import io
@@ -12,6 +15,7 @@ from aunet_jax.aunet import loss
 from aunet_jax.config import Config
 from aunet_jax.terminal import duration, si
 from aunet_jax.train import optimizer
+from aunet_jax.train.wandb_run import WandbRun
 from aunet_jax.workdir import buckets
 from aunet_jax.workdir.buckets import BucketPath
 from aunet_jax.workdir.layout import (
@@ -43,7 +47,7 @@ class Log:
     self._config, self._active = config, active
     self._live = active and sys.stdout.isatty()
     self._path = workdir / METRICS_FILE
-    self._board = None
+    self._board = self._wandb = None
     if active:
       drop_rows_after(self._path, step)
       self._rows = buckets.Grown(self._path)
@@ -52,6 +56,8 @@ class Log:
 
         self._events = buckets.Mirror(workdir / "tensorboard")
         self._board = SummaryWriter(str(self._events.here), purge_step=step + 1)
+      if config.train.wandb is not None:
+        self._wandb = WandbRun(workdir, config)
 
   def say(self, line: str) -> None:
     """A line that stays."""
@@ -91,6 +97,8 @@ class Log:
           self._board.add_scalar(name, value, row["step"])
       for i, fill in enumerate(row.get("fill", ())):
         self._board.add_scalar(f"fill/stage_{i + 1}", fill, row["step"])
+    if self._wandb is not None:
+      self._wandb.row(row)
 
   def put(self) -> None:
     """What was logged up to now is in the workdir, which may be a bucket.
@@ -114,6 +122,8 @@ class Log:
     """Whatever happened before: what can be kept is kept."""
     if self._board is not None:
       self._board.close()
+    if self._wandb is not None:
+      self._wandb.close()
     with contextlib.suppress(buckets.BucketError):
       self.put()
 

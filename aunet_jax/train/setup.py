@@ -16,7 +16,14 @@ from aunet_jax.data.corpora import Corpus, open_corpora
 from aunet_jax.data.loader import Loader, check_memory, make_loader
 from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.splitting.splitter import Splitter
-from aunet_jax.train import branch, changes, metrics, optimizer, state
+from aunet_jax.train import (
+  branch,
+  changes,
+  metrics,
+  optimizer,
+  state,
+  wandb_run,
+)
 from aunet_jax.train.cluster import keep_compiled_programs
 from aunet_jax.train.evaluator import Evaluator
 from aunet_jax.train.state import TrainState
@@ -235,6 +242,7 @@ def set_up(
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
     check_size(config, mesh)
+    wandb_run.check(config)
     cache = cache_of(config, workdir)
     say(attention.describe(config.model.stages, sharding.platform(mesh)))
     tx = optimizer.make_optimizer(config)
