@@ -70,7 +70,8 @@ DEVICES = (
   Device("a100-pcie-40gb", 312e12, 1.555e12, 600e9),
   Device("a100 80gb pcie", 312e12, 1.935e12, 600e9),
   Device("a100", 312e12, 2.039e12, 600e9),
-  Device("tpu7x", 2307e12 / 2, 7.38e12 / 2, 1200e9 / 2),
+  # clock: with matrix units as v6e's
+  Device("tpu7x", 2307e12 / 2, 7.38e12 / 2, 1200e9 / 2, 94.75 * GIB, 2.2e9),
   Device("v6e", 918e12, 1.64e12, 800e9, 31.25 * GIB, 1.75e9),
   Device("v6 lite", 918e12, 1.64e12, 800e9, 31.25 * GIB, 1.75e9),
   Device("v5e", 197e12, 0.819e12, 400e9, 15.75 * GIB, 1.5e9),

@@ -7,8 +7,8 @@ Nothing runs and no accelerator is needed: the compiler is told which chips to
 compile for. Its output says whether the run fits their memory, what the chips
 send each other, and whether that is what the mesh should cost.
 
-  --topology=v5e:4x4     TPU slices: v4, v5e, v5p, v6e and the chips along each
-                         side of the slice (needs pip install -e '.[tpu]')
+  --topology=v5e:4x4     TPU slices: v4, v5e, v5p, v6e, tpu7x and the chips
+                         along each side (needs pip install -e '.[tpu]')
   --topology=h100:8      one host of NVIDIA H100 (needs '.[cuda]')
   no --topology          the devices of this machine
 

@@ -97,8 +97,8 @@ def topology_devices(name: str | None, num_slices: int = 1) -> list:
       ) from None
     raise ValueError(
       f"--topology={name} is none the TPU compiler knows: {error}. Name the "
-      f"generation and the chips along each side, as v5e:4x4, v6e:16x16 or "
-      f"v5p:4x4x4."
+      f"generation and the chips along each side, as v5e:4x4, v6e:16x16, "
+      f"v5p:4x4x4 or tpu7x:2x2x1."
     ) from None
 
 
