@@ -187,7 +187,7 @@ def read_items(
 
 
 class _Listener(logging.Handler):
-  """Hears at once of a save that failed in this process.
+  """Hears at once of a save in a folder that failed in this process.
 
   Orbax logs it, and raises it only when all processes have met, which they do
   not for the ten minutes until it gives up.
@@ -195,13 +195,14 @@ class _Listener(logging.Handler):
 
   THREAD = "async_save"  # Orbax's name of the one that writes
 
-  def __init__(self, hear: Callable[[BaseException], None]):
+  def __init__(self, folder: str, hear: Callable[[BaseException], None]):
     super().__init__(logging.ERROR)
-    self._hear = hear
+    self._folder, self._hear = f"{folder}/", hear
 
   def emit(self, record: logging.LogRecord) -> None:
     if record.threadName == self.THREAD and record.exc_info:
-      self._hear(record.exc_info[1])
+      if self._folder in record.getMessage():
+        self._hear(record.exc_info[1])
 
 
 class Checkpointer:
@@ -224,8 +225,6 @@ class Checkpointer:
     self._config = config
     self._saving = None  # the step being saved; one at a time
     self._watch, self._failure = None, None  # of that save
-    self._listener = _Listener(self._fail)
-    logging.getLogger("absl").addHandler(self._listener)
     try:
       self._manager = ocp.CheckpointManager(
         str(self.directory),
@@ -243,6 +242,7 @@ class Checkpointer:
       raise CheckpointError(
         f"{self.directory} cannot be opened: {_first_line(error)}"
       ) from error
+    self._listener = _Listener(str(self._manager.directory), self._fail)
 
   def _write_manifest(self) -> None:
     """Runs in the background, when all of a step is written but not seen."""
@@ -266,7 +266,12 @@ class Checkpointer:
     return self._clock() - self._saved_at >= 60 * minutes
 
   def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    """The newest checkpoint that is all written."""
+    steps = set(self._manager.all_steps())
+    alive = self._watch is None or self._watch.is_alive()
+    if alive or self._failure is not None:
+      steps.discard(self._saving)
+    return max(steps, default=None)
 
   def newest_before(self, step: int) -> int | None:
     """The newest checkpoint of an earlier step, once saves have ended."""
@@ -293,11 +298,13 @@ class Checkpointer:
       self._check_room(step, _num_bytes(items))
     self._saving, self._saved_at = step, self._clock()
     args = {k: ocp.args.StandardSave(tree) for k, tree in items.items()}
+    logging.getLogger("absl").addHandler(self._listener)
     try:
       saved = self._manager.save(
         step, args=ocp.args.Composite(**args, host=ocp.args.JsonSave(host))
       )
     except Exception as error:
+      self._deafen()
       raise self._write_error(step, error) from error
     self._watch_save()
     if not saved and step not in self._manager.all_steps():
@@ -338,9 +345,13 @@ class Checkpointer:
         self._manager.check_for_errors()
       except Exception as error:
         self._fail(error)
+      self._deafen()
 
     self._watch = threading.Thread(target=watch, daemon=True)
     self._watch.start()
+
+  def _deafen(self) -> None:
+    logging.getLogger("absl").removeHandler(self._listener)
 
   def _fail(self, error: BaseException) -> None:
     if self._failure is None:
@@ -373,7 +384,7 @@ class Checkpointer:
       time.sleep(pause)
       pause = min(2 * pause, 1.0)
     self.raise_failure()
-    self._watch = None
+    self._watch = self._saving = None
 
   def raise_failure(self) -> None:
     """Raises: what failed here or in another process, if anything did."""
@@ -399,5 +410,4 @@ class Checkpointer:
     return read_items(self._manager, step, targets)
 
   def close(self) -> None:
-    logging.getLogger("absl").removeHandler(self._listener)
     self._manager.close()

@@ -1,5 +1,8 @@
 """Choosing, saving and keeping checkpoints of plain trees."""
 
+import logging
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,3 +137,31 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
       saver.wait()
   saver.close()
   assert layout.steps(tmp_path) == [1]
+
+
+def test_a_failed_save_is_of_its_step_and_workdir_alone(tmp_path, monkeypatch):
+  go_on, write = threading.Event(), manifest.write
+
+  def write_or_fail(folder):
+    if folder.is_relative_to(tmp_path / "one"):
+      go_on.wait()
+      raise OSError("the disk is full")
+    write(folder)
+
+  monkeypatch.setattr(manifest, "write", write_or_fail)
+  handlers = list(logging.getLogger("absl").handlers)
+  one, two = (
+    checkpoints.Checkpointer(tmp_path / name, CheckpointConfig())
+    for name in ("one", "two")
+  )
+  one.save(3, {"params": {"a": jnp.zeros(3)}}, HOST)
+  assert one.latest_step() is None  # nothing is written yet
+  two.save(5, {"params": {"a": jnp.zeros(3)}}, HOST)
+  go_on.set()
+  with pytest.raises(layout.SaveError, match="checkpoint 3 .* the disk is ful"):
+    one.wait()
+  assert one.failed() and one.latest_step() is None
+  save(two, 6)
+  assert not two.failed() and two.latest_step() == 6
+  two.close()
+  assert logging.getLogger("absl").handlers == handlers
