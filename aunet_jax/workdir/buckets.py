@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -35,6 +36,7 @@ REQUEST_SECONDS = 60  # that one request may take without a byte
 BEAT_SECONDS = 30  # between two signs of life of the holder of a lock
 DEAD_BEATS = 4  # without which a lock may be taken over
 PUT_SECONDS = 60  # between two uploads of a file that grows
+_ODD = re.compile(r"[\x00-\x1f\x7f#*?[]|(?<=/)\.\.?(?=/)")  # in a name
 _WRONG = (400, 401, 403, 404)  # statuses that the same request meets again
 
 
@@ -207,7 +209,8 @@ def path(workdir: str | os.PathLike, setting: str = "--workdir"):
   """The Path or BucketPath of a workdir.
 
   Args: setting: what names it, for the message.
-  Raises: ValueError for a URL that is no gs://BUCKET/PATH.
+  Raises: ValueError for a URL that is no gs://BUCKET/PATH, or has in it what a
+    library takes for a pattern, the end of the path or a step in it.
   """
   if isinstance(workdir, BucketPath):
     return workdir
@@ -219,6 +222,11 @@ def path(workdir: str | os.PathLike, setting: str = "--workdir"):
     raise ValueError(
       f"{setting}={text} is all of a bucket; name a folder in it, as "
       f"gs://{found.bucket}/runs/first."
+    )
+  if odd := _ODD.search(f"/{found.key}/"):
+    raise ValueError(
+      f"{setting}={text} has {odd[0]!r} in it, so that checkpoints would be "
+      f"written or deleted elsewhere; use another name."
     )
   _list_anew()
   return found

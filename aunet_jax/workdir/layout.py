@@ -240,7 +240,7 @@ def lock_workdir(workdir: Path | BucketPath):
   in_bucket = isinstance(workdir, BucketPath)
   with contextlib.ExitStack() as held:
     with together.all_or_none():
-      _check_name(workdir)
+      check_name(workdir)
       if jax.process_index() == 0 and not in_bucket:
         workdir.mkdir(parents=True, exist_ok=True)
         held.enter_context(files.locked(workdir / LOCK_FILE, _busy(workdir)))
@@ -249,10 +249,18 @@ def lock_workdir(workdir: Path | BucketPath):
     yield
 
 
-def _check_name(workdir: Path | BucketPath) -> None:
+def check_name(workdir: Path | BucketPath) -> None:
+  """Whether a workdir can hold checkpoints. Raises: ValueError."""
   if not isinstance(workdir, BucketPath):
     if workdir.exists() and not workdir.is_dir():
       raise ValueError(f"--workdir={workdir} is a file; name a directory.")
+    # Orbax looks for the arrays by such a pattern, and finds others or none.
+    if odd := set("*?[") & set(str(workdir.absolute())):
+      raise ValueError(
+        f"--workdir={workdir} has {min(odd)!r} in its full name "
+        f"{workdir.absolute()}, so that its checkpoints would lack their "
+        f"arrays; use another."
+      )
   try:
     str(workdir).encode()
   except UnicodeEncodeError:

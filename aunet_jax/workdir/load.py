@@ -21,6 +21,7 @@ from aunet_jax.workdir.layout import (
   CHECKPOINTS,
   TOKENIZER_FILE,
   CheckpointError,
+  check_name,
   read_config,
   read_host,
   write_config,
@@ -33,7 +34,10 @@ def save_params(
   """Writes a workdir that holds a model and no training state.
 
   `generate`, `evaluate` and `train` accept it; training starts at step 0.
+
+  Raises: ValueError where no checkpoint can be in a directory of that name.
   """
+  check_name(buckets.path(workdir))
   splitter = Splitter(config.model.rules, config.has_roles)
   write_config(workdir, config)
   tables.keep(workdir, config.model.rules)

@@ -42,6 +42,15 @@ def test_a_whole_bucket_is_refused():
       buckets.path(url)
 
 
+@pytest.mark.parametrize("name", ["lr*", "q?x", "#1", "x[1]", "..", ".", "a\n"])
+def test_names_that_libraries_take_for_others_are_refused(name):
+  for url in (f"gs://bucket/{name}", f"gs://bucket/a/{name}/b"):
+    with pytest.raises(ValueError, match="would be written or deleted elsewh"):
+      buckets.path(url)
+  for fine in ("a b", "lr=1e-3", "50%", "é", "..a", "x.", "v1.0"):
+    assert buckets.path(f"gs://bucket/{fine}").key == fine
+
+
 def test_names_are_joined_and_taken_apart_as_those_of_files(run, tmp_path):
   path = run / "checkpoints" / "5"
   assert str(path) == f"{RUN}/checkpoints/5" == os.fspath(path)

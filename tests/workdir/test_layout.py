@@ -115,3 +115,12 @@ def test_rows_past_the_restored_step_and_torn_lines_are_removed(tmp_path):
   path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
   layout.drop_rows_after(path, 4)
   assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+@pytest.mark.parametrize("name", ["x[1]", "lr*", "what?", "[1]/run"])
+def test_a_workdir_whose_name_is_a_pattern_is_refused(tmp_path, name):
+  layout.check_name(tmp_path / "a b#c")
+  with pytest.raises(ValueError, match="its checkpoints would lack their arra"):
+    with layout.lock_workdir(tmp_path / name):
+      pass
+  assert not (tmp_path / name).exists()
