@@ -36,35 +36,55 @@ class Recorder:
     if now - self._looked < LOOK_SECONDS:
       return False
     self._looked = now
-    return self._request.exists()
+    try:
+      return self._request.exists()
+    except OSError:  # a file system that does not answer; the run needs none
+      return False
 
   def record_next(self, step: int) -> None:
     """Records the steps after `step`, instead of any that are still to come."""
     if not self._running:
       self._steps = (step + 1, step + REQUESTED_STEPS)
       if jax.process_index() == 0:
-        self._request.unlink(missing_ok=True)
+        try:
+          self._request.unlink(missing_ok=True)
+        except OSError as error:
+          self._listens = False
+          _say_none(error)
 
   def before(self, step: int) -> None:
     if self._steps is not None and not self._running:
       if self._steps[0] <= step <= self._steps[1]:
-        jax.profiler.start_trace(str(self._mirror.here))
-        self._running = True
+        try:
+          jax.profiler.start_trace(str(self._mirror.here))
+          self._running = True
+        except RuntimeError as error:
+          self._steps = None
+          _say_none(error)
 
   def after(self, step: int, device_metrics: dict, say: Callable) -> None:
     if self._running and step >= self._steps[1]:
       jax.block_until_ready(device_metrics)
-      self.close()
-      say(f"profile of steps up to {step}: {self._folder}")
+      if self.close():
+        say(f"profile of steps up to {step}: {self._folder}")
 
-  def close(self) -> None:
-    if self._running:
+  def close(self) -> bool:
+    """Ends a recording; whether there is one, and it is written."""
+    if not self._running:
+      return False
+    self._running, self._steps = False, None
+    try:
       jax.profiler.stop_trace()
-      self._running, self._steps = False, None
-      try:
-        self._mirror.put()
-      except buckets.BucketError as error:  # the run needs none
-        print(f"no profile: {error}", file=sys.stderr, flush=True)
+      self._mirror.put()
+    except (RuntimeError, OSError) as error:
+      _say_none(error)
+      return False
+    return True
+
+
+def _say_none(error: Exception) -> None:
+  """The run goes on: it needs no profile."""
+  print(f"no profile: {error}", file=sys.stderr, flush=True)
 
 
 def parse_steps(text: str | None) -> tuple[int, int] | None:

@@ -1,5 +1,8 @@
 """Profiles of the steps asked for."""
 
+import jax
+import pytest
+
 from aunet_jax.train import profile
 from tests.tiny_runs import run, write_corpus
 
@@ -20,3 +23,27 @@ def test_profiles_of_the_steps_asked_for_and_of_a_run_under_way(
   for wrong in ("5", "3:2", "0:1", "a:b"):
     assert run(corpus, workdir, f"--profile={wrong}") == 2
     assert f"--profile={wrong} must be" in capsys.readouterr().err
+
+
+def test_a_profile_that_cannot_be_made_ends_no_run(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(profile, "LOOK_SECONDS", 0)
+  (tmp_path / "profile_now").mkdir()
+  recorder = profile.Recorder((1, 1), tmp_path)
+
+  def fail():
+    raise RuntimeError("not a directory")
+
+  with jax.profiler.trace(str(tmp_path / "other")):
+    recorder.before(1)
+  assert "no profile: " in capsys.readouterr().err
+  assert recorder.wanted()
+  recorder.record_next(1)  # cannot be taken back, so it is not asked for again
+  assert "profile_now" in capsys.readouterr().err and not recorder.wanted()
+  recorder.before(2)
+  with monkeypatch.context() as patched:
+    patched.setattr(jax.profiler, "stop_trace", fail)
+    recorder.after(6, {}, pytest.fail)
+  assert "no profile: not a directory" in capsys.readouterr().err
+  jax.profiler.stop_trace()
