@@ -139,13 +139,14 @@ class HarnessModel(LM):
       if len(continuation) <= self.max_bytes:
         return self._cut(context, self.max_bytes - len(continuation))
     else:
-      text = context + continuation
-      # What is left may be cut into more tokens than it was.
-      while len(ids := tokenizer.encode(text)) > self.max_bytes:
+      text, room = context + continuation, len(context)
+      # What is left may be cut into more tokens than it was; the last to go
+      # may have held bytes of the continuation, which stay.
+      while len(ids := tokenizer.encode(text)) > self.max_bytes and room:
         excess = ids[: len(ids) - self.max_bytes]
-        text = text[int(tokenizer.num_bytes[excess].sum()) :]
-      room = len(text) - len(continuation)
-      if room >= 0:
+        room = max(0, room - int(tokenizer.num_bytes[excess].sum()))
+        text = context[len(context) - room :] + continuation
+      if len(ids) <= self.max_bytes:
         return self._cut(context, room)
     raise ValueError(
       f"a continuation has {len(continuation)} bytes; the model reads "

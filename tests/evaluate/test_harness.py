@@ -268,5 +268,10 @@ def test_a_model_of_tokens_scores_and_writes_nothing(mesh):
     [(b"", b"the cat sat on the mat")], tokenizer=tokens.tokenizer,
   )  # fmt: skip
   assert nats == pytest.approx(one.nats, rel=1e-5)
+  # th|e and its like fill a row; cat|h|e is longer, and goes with a "t".
+  full = "the" + " the" * (toy_tokens.LENGTH - 3)
+  (one,) = model.loglikelihood([request("ca", full)])
+  (other,) = model.loglikelihood([request("", full)])
+  assert one == other and model.truncated == 2
   with pytest.raises(ValueError, match="models of tokens only score"):
     model.generate_until([request("the", {"until": []})])
