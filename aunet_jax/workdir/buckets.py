@@ -453,16 +453,24 @@ class Lock:
     try:
       self._generation = self._path.write_bytes(self._said, generation=0)
     except TakenError:
-      # A request whose answer was lost is sent twice, and meets itself.
-      try:
-        mine = self._path.read_bytes() == self._said
-      except FileNotFoundError:
+      if not self._holds():
         return False
-      if not mine:
-        return False
-      self._generation = self._path.generation()
     threading.Thread(target=self._beat, daemon=True).start()
     return True
+
+  def _holds(self) -> bool:
+    """Whether what is there is ours, where a request has failed.
+
+    A request whose answer was lost is sent twice, and meets itself.
+    """
+    there = self._path.generation()  # before its content: it may change
+    try:
+      mine = there is not None and self._path.read_bytes() == self._said
+    except FileNotFoundError:
+      return False
+    if mine:
+      self._generation = there
+    return mine
 
   def _beat(self) -> None:
     while not self._closed.wait(BEAT_SECONDS):
@@ -480,13 +488,11 @@ class Lock:
       pass
     except OSError:
       return  # the next one may come through
-    with contextlib.suppress(FileNotFoundError):
-      try:
-        if self._path.read_bytes() == self._said:  # sent twice, as above
-          self._generation = self._path.generation()
-          return
-      except BucketError:
+    try:
+      if self._holds():
         return
+    except BucketError:
+      return
     print(
       f"\nerror: {self._path} was taken over or deleted: another process may "
       f"train in this workdir, so this one ends.",

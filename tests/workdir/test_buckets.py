@@ -238,6 +238,35 @@ def test_who_loses_the_lock_ends(run, bucket, monkeypatch, capsys):
   assert bucket.objects["runs/one/.lock"].data == b"another's"
 
 
+def test_a_lock_taken_over_in_an_outage_is_not_taken_back(
+  run, bucket, monkeypatch, capsys
+):
+  """Another takes it between two requests of its first holder."""
+  ended = []
+  monkeypatch.setattr(buckets, "BEAT_SECONDS", 1000)
+  monkeypatch.setattr(buckets.os, "_exit", ended.append)
+  lock = buckets.Lock(run / ".lock")
+  assert lock.take()
+  bucket.put("runs/one/.lock", lock._said)  # its answer was lost
+  read, look = buckets.BucketPath.read_bytes, buckets.BucketPath.generation
+
+  def then_taken_over(ask, path):
+    answer = ask(path)
+    if bucket.objects["runs/one/.lock"].data == lock._said:
+      bucket.put("runs/one/.lock", b"another's")
+    return answer
+
+  for name, ask in (("read_bytes", read), ("generation", look)):
+    monkeypatch.setattr(
+      buckets.BucketPath, name, lambda path, ask=ask: then_taken_over(ask, path)
+    )
+  lock._renew()
+  lock._renew()
+  assert ended and bucket.objects["runs/one/.lock"].data == b"another's"
+  lock.close()
+  assert bucket.names() == ["runs/one/.lock"]
+
+
 # ----- checkpoints
 
 
