@@ -128,7 +128,7 @@ def end(processes) -> list[tuple[int, list[str]]]:
   """Status and error lines of each; none may hang."""
   ended = []
   for process in processes:
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     lines = [x for x in error.splitlines() if x.startswith("error: ")]
     ended.append((process.returncode, lines))
   return ended
