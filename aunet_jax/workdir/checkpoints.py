@@ -344,6 +344,8 @@ class Checkpointer:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
       except Exception as error:
+        if self._failure is None:  # nothing that was heard of
+          self._fail_after(error)
         self._fail(error)
       self._deafen()
 
@@ -356,6 +358,16 @@ class Checkpointer:
   def _fail(self, error: BaseException) -> None:
     if self._failure is None:
       self._failure = self._write_error(self._saving, error)
+
+  def _fail_after(self, error: Exception) -> None:
+    """Fails where the step is written: older ones are deleted after that."""
+    with contextlib.suppress(OSError, CheckpointError):
+      if self._saving in steps(self.directory.parent):
+        self._failure = SaveError(
+          f"checkpoint {self._saving} is written under {self.directory}, but "
+          f"what follows failed: {_first_line(error)}. When that is repaired, "
+          f"run the same command again to continue from it."
+        )
 
   def failed(self) -> bool:
     """Whether this process could not write its part of the newest save."""

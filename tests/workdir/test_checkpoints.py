@@ -1,6 +1,7 @@
 """Choosing, saving and keeping checkpoints of plain trees."""
 
 import logging
+import shutil
 import threading
 
 import jax
@@ -165,3 +166,21 @@ def test_a_failed_save_is_of_its_step_and_workdir_alone(tmp_path, monkeypatch):
   assert not two.failed() and two.latest_step() == 6
   two.close()
   assert logging.getLogger("absl").handlers == handlers
+
+
+def test_a_failed_deletion_of_an_old_checkpoint_is_no_failed_save(
+  tmp_path, monkeypatch
+):
+  rmtree = shutil.rmtree
+
+  def fail(path, *args, **kwargs):
+    if str(path).endswith("checkpoints/1"):
+      raise OSError("it is busy")
+    rmtree(path, *args, **kwargs)
+
+  monkeypatch.setattr(shutil, "rmtree", fail)
+  saver = checkpoints.Checkpointer(tmp_path, CheckpointConfig(keep=1))
+  save(saver, 1)
+  with pytest.raises(layout.SaveError, match="2 is written .* it is busy. Whe"):
+    save(saver, 2)
+  assert layout.steps(tmp_path) == [1, 2]
