@@ -5,8 +5,10 @@
 
 The folder after the colon holds novels (eltec_eng.jsonl.xz, field `text`),
 technical English (peps.jsonl.xz) and encyclopaedic text (enwik8_prefix.xml.xz);
-any others are named with --config.data.train. The quickstart's recipe at twice
-its width.
+any others are named with --config.data.train. The quickstart's recipe, a third
+wider and a layer deeper. Reached: 1.772 held-out bits per byte (439,089 bytes;
+gzip -9 2.571, xz -9 2.254) after 24 MB of text, in 1 h 25 min on two CPU cores
+that other work shared. What it is after fine-tuning: docs/finetuning.md.
 """
 
 from aunet_jax import config
