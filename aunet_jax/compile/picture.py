@@ -21,9 +21,7 @@ def bars(time: dict) -> list[tuple[str, dict[str, float]]]:
   for entry in time["parts"]:
     stage = "" if entry["stage"] is None else f"stage {entry['stage']}: "
     shares = found.setdefault(stage + entry["part"], {})
-    shares[entry["pass"]] = (
-      shares.get(entry["pass"], 0.0) + entry["cycles"] / total
-    )
+    shares[entry["pass"]] = entry["cycles"] / total
   ordered = sorted(found.items(), key=lambda bar: -sum(bar[1].values()))
   rest: dict[str, float] = {}
   for _, shares in ordered[MOST_BARS:]:

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import sharding
 from aunet_jax.train import optimizer, state
-from tests.tiny_runs import tiny
+from tests.tiny_runs import new_params, tiny
 
 
 def test_no_large_parameter_is_replicated_by_accident():
@@ -33,3 +34,21 @@ def test_a_checkpoint_keeps_the_model_apart_from_the_rest():
   items = before.items()
   assert items["params"] == {"w": 1} and "params" not in items["optimizer"]
   assert state.TrainState.from_items(items) == before
+
+
+def test_a_seed_decides_the_parameters_and_every_array_is_its_own():
+  config = tiny(**{"optimizer.average": 0.9})
+  tx = optimizer.make_optimizer(config)
+  mesh = sharding.make_mesh(config.mesh)
+  first, second = (
+    state.create_state(config.model, tx, mesh, seed) for seed in (0, 1)
+  )
+  expected = new_params(config.model, jax.random.key(1))
+  jax.tree.map(np.testing.assert_allclose, second.params, expected)
+  assert (first.params["embed"] != second.params["embed"]).any()
+  # The step is given the memory of all of them, so none may be two's.
+  where = [
+    x.addressable_shards[0].data.unsafe_buffer_pointer()
+    for x in jax.tree.leaves((first.params, first.opt_state.average))
+  ]
+  assert len(set(where)) == len(where)
