@@ -40,9 +40,7 @@ HANG_SECONDS = 15  # without a step; the watchdog then ends a process
 HEARTBEAT_SECONDS = 40  # of silence; the runtime then ends the others
 MARGIN_SECONDS = 40  # of a busy machine
 STEPS = 48  # of a run
-QUICK_TO_COMPILE = (
-  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 FLAGS = (
   f"--config.train.hang_seconds={HANG_SECONDS}",
   f"--heartbeat_timeout={HEARTBEAT_SECONDS}",
