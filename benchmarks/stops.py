@@ -103,8 +103,10 @@ def _await_ends(run, processes, statuses, limit: float, kind: str) -> None:
         raise Broken(f"a process hangs after {kind}:\n{said}")
       time.sleep(0.01)
     said = run.said(run.processes.index(process))
+    # Until it has begun to listen, seconds after its start, SIGTERM is final.
+    deaf = process.returncode == -signal.SIGTERM and not said.strip()
     check(
-      process.returncode in statuses,
+      process.returncode in statuses or (kind == "term" and deaf),
       f"status {process.returncode} after {kind}, not {statuses}:\n{said}",
     )
 
