@@ -22,6 +22,7 @@ import collections
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -380,14 +381,17 @@ def shown(result: dict) -> str:
   return "\n".join(lines)
 
 
+def _folders(text: str) -> list[Path]:
+  return [Path(folder).absolute() for folder in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add = parser.add_argument
-  folders = lambda text: [Path(x).absolute() for x in text.split(",")]  # noqa: E731
   add("--lm", type=lambda x: Path(x).absolute(), required=True)
-  add("--eval", type=folders, required=True, help="folders of task data")
+  add("--eval", type=_folders, required=True, help="folders of task data")
   add("--output", type=lambda x: Path(x).absolute(), required=True)
   add("--models", default=",".join(MODELS), help="default: %(default)s")
   add("--steps", type=int, default=3000, help="of pre-training (%(default)s)")
@@ -422,9 +426,10 @@ def main(argv: list[str] | None = None) -> None:
       "compute": compute(base), "scores": scores, "truncated": truncated
     }  # fmt: skip
     print(shown(result), flush=True)
-  result["command"] = " ".join(["python -m benchmarks.compare_models"] + [
-    f"--steps={args.steps}", f"--limit={args.limit}"
-  ])  # fmt: skip
+  given = sys.argv[1:] if argv is None else argv
+  result["command"] = shlex.join(
+    ["python", "-m", "benchmarks.compare_models", *given]
+  )
   text = json.dumps(result)
   (args.output / "table.json").write_text(text)
   (args.output / "table.md").write_text(shown(result) + "\n")

@@ -253,23 +253,29 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
     comp, found = computations[comp_name], []
     sends = _collectives(computations, comp, comp_name, num_devices)
     names, spent = list(comp.opcode), []  # cycles of each, in this order
+
+    def add(name, opcode, op_name, num_bytes, cycles=None, flops=0.0, **more):
+      found.append(
+        Instruction(
+          name=name,
+          opcode=opcode,
+          op_name=op_name,
+          times=times,
+          cycles=None if cycles is None else cycles * times,
+          flops=flops * times,
+          bytes=float(num_bytes * times),
+          **more,
+        )
+      )
+
     for name, opcode in comp.opcode.items():
       spent.append(sum(x.cycles or 0.0 for x in found) / times)
       line = comp.line[name]
       for sent, hidden in sends.get(name, ()):
-        found.append(
-          Instruction(
-            name=name,
-            opcode=sent.kind,
-            op_name=sent.op_name,
-            times=times,
-            cycles=None,
-            flops=0.0,
-            bytes=float(sent.bytes * times),
-            group_size=sent.group_size,
-            hidden_cycles=hidden * times,
-          )
-        )
+        add(
+          name, sent.kind, sent.op_name, sent.bytes,
+          group_size=sent.group_size, hidden_cycles=hidden * times,
+        )  # fmt: skip
       if opcode in _FREE or opcode.removesuffix("-start") in _SENDS:
         continue
       target = re.search(r'custom_call_target="([^"]*)"', line)
@@ -281,18 +287,10 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
         if half == "done":
           (start,) = hlo_lib.operands(comp, name)
           hidden = spent[-1] - spent[names.index(start)]
-          found.append(
-            Instruction(
-              name=name,
-              opcode=opcode,
-              op_name=_where(comp, name),
-              times=times,
-              cycles=None,
-              flops=0.0,
-              bytes=float(_size(comp, name) * times),
-              hidden_cycles=hidden * times,
-            )
-          )
+          add(
+            name, opcode, _where(comp, name), _size(comp, name),
+            hidden_cycles=hidden * times,
+          )  # fmt: skip
       elif opcode == "while":
         trips = hlo_lib.trip_count(line, computations)
         if trips is None:
@@ -306,18 +304,10 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
         for callee in inner:
           found += visit(callee, times)
       else:
-        cycles = _estimate(line)
-        found.append(
-          Instruction(
-            name=name,
-            opcode=opcode,
-            op_name=_where(comp, name),
-            times=times,
-            cycles=None if cycles is None else cycles * times,
-            flops=_flops(computations, comp, name) * times,
-            bytes=_bytes(computations, comp, name) * times,
-          )
-        )
+        add(
+          name, opcode, _where(comp, name), _bytes(computations, comp, name),
+          _estimate(line), _flops(computations, comp, name),
+        )  # fmt: skip
     return found
 
   return visit(entry, 1), unknown
