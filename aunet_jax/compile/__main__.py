@@ -27,6 +27,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from aunet_jax import config as config_lib
 from aunet_jax import terminal
@@ -107,6 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.picture.endswith((".svg", ".png", ".pdf")):
       raise ValueError(
         f"--picture={args.picture} must end in .svg, .png or .pdf."
+      )
+    if not Path(args.picture).absolute().parent.is_dir():
+      raise ValueError(
+        f"--picture={args.picture}: there is no such directory; make it, or "
+        f"name another."
       )
   config = config_lib.parse_flags(rest)
   if args.topology is not None:

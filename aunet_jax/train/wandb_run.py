@@ -55,8 +55,9 @@ class WandbRun:
       )
     except wandb.Error as error:
       raise ValueError(
-        f"train.wandb={config.train.wandb!r}: {str(error).splitlines()[0]} Log "
-        f"in with `wandb login`, or set WANDB_MODE=offline."
+        f"train.wandb={config.train.wandb!r}: Weights & Biases does not begin: "
+        f"{' '.join(str(error).split())} (`wandb login` logs in; "
+        f"WANDB_MODE=offline needs no login)"
       ) from None
     # Steps that run again after a kill are logged again, at their own place.
     self._run.define_metric("step")

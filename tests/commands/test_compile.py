@@ -56,6 +56,9 @@ def test_help_tells_how_to_call_it(capsys):
     (["--slices=2"], ["--slices", "--topology"]),
     (["--topology=h100:x"], ["h100:N"]),
     (["--config.train.grad_accumulation=2"], ["batch_size"]),
+    (["--picture=x.svg"], ["--time"]),
+    (["--time", "--picture=x.gif"], ["x.gif", ".svg"]),
+    (["--time", "--picture=/no/such/x.svg"], ["/no/such/x.svg", "directory"]),
   ],
 )
 def test_bad_input_is_named(args, words, capsys):
