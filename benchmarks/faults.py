@@ -122,6 +122,7 @@ class Run:
         f"--num_processes={self.num_processes}",
       ]
     self.starts += 1
+    self.started_at = time.monotonic()
     self.processes, self.writers = [], []
     for i in range(self.num_processes):
       identity = [f"--process_id={i}"] if self.num_processes > 1 else []

@@ -39,6 +39,7 @@ KINDS = ("term", "kill_one", "kill_all", "freeze")
 HANG_SECONDS = 15  # without a step; the watchdog then ends a process
 HEARTBEAT_SECONDS = 40  # of silence; the runtime then ends the others
 MARGIN_SECONDS = 40  # of a busy machine
+INTERPRETER_SECONDS = 1  # until Python has begun, on such a machine
 STEPS = 48  # of a run
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 FLAGS = (
@@ -79,11 +80,11 @@ def stop(run: Run, kind: str, rng: random.Random) -> dict:
     victim.send_signal(signals.get(kind, signal.SIGKILL))
   statuses, seconds = ENDS[kind]
   others = [one for one in everyone if kind == "term" or one not in victims]
-  _await_ends(run, others, statuses, began + seconds, kind)
+  _await_ends(run, others, statuses, began, seconds, kind)
   if kind == "freeze":
     victims[0].send_signal(signal.SIGCONT)
-    limit = time.monotonic() + seconds
-    _await_ends(run, victims, statuses, limit, "freeze, then SIGCONT")
+    woken = time.monotonic()
+    _await_ends(run, victims, statuses, woken, seconds, "freeze, then SIGCONT")
   run.end(patience=20)
   return {
     "kind": kind,
@@ -93,7 +94,10 @@ def stop(run: Run, kind: str, rng: random.Random) -> dict:
   }
 
 
-def _await_ends(run, processes, statuses, limit: float, kind: str) -> None:
+def _await_ends(
+  run, processes, statuses, stopped_at: float, seconds: float, kind: str
+) -> None:
+  limit = stopped_at + seconds
   for process in processes:
     while process.poll() is None:
       if time.monotonic() > limit:
@@ -103,10 +107,11 @@ def _await_ends(run, processes, statuses, limit: float, kind: str) -> None:
         raise Broken(f"a process hangs after {kind}:\n{said}")
       time.sleep(0.01)
     said = run.said(run.processes.index(process))
-    # Until it has begun to listen, seconds after its start, SIGTERM is final.
-    deaf = process.returncode == -signal.SIGTERM and not said.strip()
+    # Until Python has begun with the program, SIGTERM is final.
+    young = stopped_at - run.started_at < INTERPRETER_SECONDS
+    final = process.returncode == -signal.SIGTERM and young
     check(
-      process.returncode in statuses or (kind == "term" and deaf),
+      process.returncode in statuses or (kind == "term" and final),
       f"status {process.returncode} after {kind}, not {statuses}:\n{said}",
     )
 

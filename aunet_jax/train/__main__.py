@@ -6,11 +6,18 @@ Run the same command again after any interruption: it continues from the newest
 checkpoint, on the same bytes in the same order.
 """
 
+import signal
+
+if __name__ == "__main__":
+  # Kept until `Stop` listens: what is loaded first takes seconds.
+  signal.pthread_sigmask(
+    signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+  )
+
 import argparse
 import contextlib
 import logging
 import os
-import signal
 import statistics
 import sys
 import threading
@@ -205,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     devices.present()
     open_things.enter_context(together.noticing_the_gone())
     with together.all_or_none():
+      stop.leave_if_asked()  # while another may not have been
       config = config_lib.parse_flags([f"--config={args.config}", *overrides])
     open_things.enter_context(lock_workdir(workdir))
     setup = set_up(config, workdir, args.accept_learning_rate)

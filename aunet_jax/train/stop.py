@@ -55,6 +55,8 @@ class Stop:
       if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)
     }
     threading.Thread(target=self._count, args=(reader,), daemon=True).start()
+    # `__main__` has kept them back since the process began.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return self
 
   def __exit__(self, *exception) -> None:
@@ -71,6 +73,11 @@ class Stop:
   def _ask(self, number: int, frame) -> None:
     self.requested = signal.Signals(number).name
     if not self._began and self._alone:
+      self.leave_if_asked()
+
+  def leave_if_asked(self) -> None:
+    """Raises: StoppedEarly."""
+    if self.requested:
       raise StoppedEarly(
         f"stopped by {self.requested} before the first step; run the same "
         f"command again."

@@ -37,6 +37,8 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
   with Stop(tmp_path, alone=False) as stop:  # the others would wait
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested == "SIGTERM"
+    with pytest.raises(StoppedEarly):  # where they meet
+      stop.leave_if_asked()
 
 
 def test_nohup_is_respected(tmp_path):
@@ -48,6 +50,31 @@ def test_nohup_is_respected(tmp_path):
       assert stop.requested is None
   finally:
     signal.signal(signal.SIGHUP, before)
+
+
+def is_blocked(pid: int, number: int) -> bool:
+  """Whether the process keeps that signal back."""
+  status = Path(f"/proc/{pid}/status").read_text()
+  blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+  return bool(blocked >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_a_signal_while_python_loads_is_not_lost(tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, "-m", "aunet_jax.train", "--config=tests/tiny.py",
+     f"--workdir={tmp_path}"],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+  while not is_blocked(process.pid, signal.SIGTERM):
+    assert process.poll() is None
+  process.send_signal(signal.SIGTERM)
+  _, error = process.communicate()
+  assert process.returncode == 75, error
+  assert error.startswith("error: stopped by SIGTERM before the first step")
 
 
 TWICE = """
