@@ -10,12 +10,12 @@ The processes, each a CPU device, train tests/tiny.py. At a moment drawn from
   kill_all  kill -9 of all
   freeze    SIGSTOP of one, and SIGCONT when the others have ended
 
-Then each process must end by itself, within a stated time and with a stated
-status (see ENDS), and the same command is started again, until the run has
-reached its last step; then another run begins. After every stop metrics.jsonl
-must hold each step up to now once, with the loss and the number of bytes of a
-run that nothing disturbed, equal to the last bit. --json prints one JSON object
-as the last line of the output.
+Then each process must end by itself, not before, within a stated time (times
+--slow, for a busy machine) and with a stated status (see `ends`), and the same
+command is started again, until the run has reached its last step; then another
+run begins. After every stop metrics.jsonl must hold each step up to now once,
+with the loss and the number of bytes of a run that nothing disturbed, equal to
+the last bit. --json prints one JSON object as the last line of the output.
 """
 
 import argparse
@@ -38,14 +38,10 @@ from benchmarks.faults import Broken, Run, check, write_corpus
 KINDS = ("term", "kill_one", "kill_all", "freeze")
 HANG_SECONDS = 15  # without a step; the watchdog then ends a process
 HEARTBEAT_SECONDS = 40  # of silence; the runtime then ends the others
-MARGIN_SECONDS = 40  # of a busy machine
-INTERPRETER_SECONDS = 1  # until Python has begun, on such a machine
+MARGIN_SECONDS = 40  # until it has ended
+INTERPRETER_SECONDS = 1  # until Python has begun; until then SIGTERM is final
 STEPS = 48  # of a run
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
-FLAGS = (
-  f"--config.train.hang_seconds={HANG_SECONDS}",
-  f"--heartbeat_timeout={HEARTBEAT_SECONDS}",
-)
 
 
 class Ends(NamedTuple):
@@ -59,32 +55,44 @@ class Ends(NamedTuple):
 # or their watchdog did; SIGABRT: the runtime ended them.
 _PEER_GONE = (0, 1, -signal.SIGABRT)
 _NOTICED = max(HANG_SECONDS, HEARTBEAT_SECONDS) + MARGIN_SECONDS
-ENDS = {
-  "term": Ends((0, 75), MARGIN_SECONDS),
-  "kill_one": Ends(_PEER_GONE, _NOTICED),
-  "kill_all": Ends((), 0),
-  "freeze": Ends(_PEER_GONE, _NOTICED),
-}
 
 
-def stop(run: Run, kind: str, rng: random.Random) -> dict:
+def ends(kind: str, slow: int) -> Ends:
+  """Args: slow: how many times as long as on a quiet machine."""
+  statuses, seconds = {
+    "term": ((0, 75), MARGIN_SECONDS),
+    "kill_one": (_PEER_GONE, _NOTICED),
+    "kill_all": ((), 0),
+    "freeze": (_PEER_GONE, _NOTICED),
+  }[kind]
+  return Ends(statuses, seconds * slow)
+
+
+def stop(run: Run, kind: str, rng: random.Random, slow: int) -> dict:
   """Stops the processes; what each ended with, and after how many seconds.
 
-  Raises: Broken where one hangs or ends in another way.
+  Raises: Broken where one hangs, or ends in another way or before.
   """
+  for number, process in enumerate(run.processes):
+    check(
+      process.poll() in (None, 0),
+      f"a process ended by itself:\n{run.said(number)}",
+    )
   everyone, began = run.processes, time.monotonic()
   number = {"term": rng.randint(1, len(everyone)), "kill_all": len(everyone)}
   victims = rng.sample(everyone, number.get(kind, 1))
   signals = {"term": signal.SIGTERM, "freeze": signal.SIGSTOP}
   for victim in victims:
     victim.send_signal(signals.get(kind, signal.SIGKILL))
-  statuses, seconds = ENDS[kind]
+  statuses, seconds = ends(kind, slow)
+  if kind == "term" and began - run.started_at < INTERPRETER_SECONDS * slow:
+    statuses += (-signal.SIGTERM,)  # it was final
   others = [one for one in everyone if kind == "term" or one not in victims]
-  _await_ends(run, others, statuses, began, seconds, kind)
+  _await_ends(run, others, statuses, began + seconds, kind)
   if kind == "freeze":
     victims[0].send_signal(signal.SIGCONT)
-    woken = time.monotonic()
-    _await_ends(run, victims, statuses, woken, seconds, "freeze, then SIGCONT")
+    limit = time.monotonic() + seconds
+    _await_ends(run, victims, statuses, limit, "freeze, then SIGCONT")
   run.end(patience=20)
   return {
     "kind": kind,
@@ -94,10 +102,7 @@ def stop(run: Run, kind: str, rng: random.Random) -> dict:
   }
 
 
-def _await_ends(
-  run, processes, statuses, stopped_at: float, seconds: float, kind: str
-) -> None:
-  limit = stopped_at + seconds
+def _await_ends(run, processes, statuses, limit: float, kind: str) -> None:
   for process in processes:
     while process.poll() is None:
       if time.monotonic() > limit:
@@ -107,11 +112,8 @@ def _await_ends(
         raise Broken(f"a process hangs after {kind}:\n{said}")
       time.sleep(0.01)
     said = run.said(run.processes.index(process))
-    # Until Python has begun with the program, SIGTERM is final.
-    young = stopped_at - run.started_at < INTERPRETER_SECONDS
-    final = process.returncode == -signal.SIGTERM and young
     check(
-      process.returncode in statuses or (kind == "term" and final),
+      process.returncode in statuses,
       f"status {process.returncode} after {kind}, not {statuses}:\n{said}",
     )
 
@@ -149,9 +151,19 @@ def undisturbed(folder: Path, corpus: Path, processes: int):
 
 
 def inject(
-  folder: Path, processes: int, stops: int, seed: int, kinds, minutes: float
+  folder: Path,
+  processes: int,
+  stops: int,
+  seed: int,
+  kinds,
+  minutes: float,
+  slow: int,
 ) -> dict:
   """Stops runs so many times, or for so long, and lets the last one end."""
+  flags = (
+    f"--config.train.hang_seconds={HANG_SECONDS * slow}",
+    f"--heartbeat_timeout={HEARTBEAT_SECONDS * slow}",
+  )
   rng, end = random.Random(seed), time.monotonic() + 60 * minutes
   corpus = folder / "corpus"
   write_corpus(corpus)
@@ -161,11 +173,11 @@ def inject(
     if run is None:
       runs += 1
       name = folder / f"run-{runs}"
-      run = Run(corpus, name, processes, STEPS, FLAGS)
+      run = Run(corpus, name, processes, STEPS, flags)
     run.start()
     if len(done) < stops and time.monotonic() < end:
       await_moment(run, rng, start_seconds)
-      done.append(stop(run, kinds[rng.randrange(len(kinds))], rng))
+      done.append(stop(run, kinds[rng.randrange(len(kinds))], rng, slow))
       done[-1]["step"] = reached(run)
       print(json.dumps({"stop": len(done), **done[-1]}), flush=True)
       # A process that finished has said so; the others may have been stopped.
@@ -214,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--seed", type=int, default=0, help="of the moments")
   add("--kinds", default=",".join(KINDS), help="some of them, by commas")
   add("--minutes", type=float, default=600, help="begin no stop after so long")
+  add("--slow", type=int, default=1, help="times the limits, on a busy machine")
   add("--json", action="store_true", help="print a JSON object at the end")
   args = parser.parse_args(argv)
   kinds = args.kinds.split(",")
@@ -229,7 +242,13 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
     try:
       report = inject(
-        Path(folder), args.processes, args.stops, args.seed, kinds, args.minutes
+        Path(folder),
+        args.processes,
+        args.stops,
+        args.seed,
+        kinds,
+        args.minutes,
+        args.slow,
       )
     except Broken as error:
       print(f"broken promise: {error}", file=sys.stderr)
