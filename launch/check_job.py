@@ -13,6 +13,7 @@ machine that only launches), only what the flags themselves say is checked.
 
 import argparse
 import importlib.util
+import math
 import re
 import sys
 from pathlib import Path
@@ -47,13 +48,15 @@ def fits(mesh: Mesh, batch_size: int, devices: int, slices: int) -> bool:
 
 
 def choose_mesh(
-  mesh: Mesh, batch_size: int, devices: int, slices: int
+  mesh: Mesh, batch_size: int, devices: int, slices: int, width: int = 0
 ) -> Mesh | None:
   """The mesh nearest to `mesh` that fits other devices; None: there is none.
 
   `tensor` stays. `fsdp` does not shrink where that can be, so that no device
   holds more parameters; and the rows a device computes at once do not grow:
   accumulation does, which changes no loss.
+
+  Args: width: that `fsdp` divides, as it does the model's matrices.
   """
   rows = batch_size / (mesh.accumulation * mesh.data * mesh.fsdp)
   found = []
@@ -63,6 +66,7 @@ def choose_mesh(
       new = Mesh(data, fsdp, mesh.tensor, accumulation)
       if (
         fits(new, batch_size, devices, slices)
+        and width % fsdp == 0
         and batch_size / (accumulation * data * fsdp) <= rows
       ):
         found.append(new)
@@ -151,18 +155,23 @@ def mesh_flags(
       f"multiply to the devices, data be a multiple of the slices, and data x "
       f"fsdp x grad_accumulation divide the batch."
     )
-  new = choose_mesh(mesh, batch, devices, slices)
+  width = math.gcd(*(stage.dim for stage in config.model.stages))
+  new = choose_mesh(mesh, batch, devices, slices, width)
   if new is None:
     smaller = (
-      n for n in range(devices - 1, 0, -1) if choose_mesh(mesh, batch, n, 1)
+      n
+      for n in range(devices - 1, 0, -1)
+      if choose_mesh(mesh, batch, n, 1, width)
     )
     raise ValueError(
       f"no mesh of {devices} devices divides batch_size={batch}; the next "
       f"smaller number that does is {next(smaller, 0)}."
     )
+  held = mesh.fsdp / new.fsdp
   print(
     f"launch: {devices} devices for {job_devices}: mesh data={new.data} x "
-    f"fsdp={new.fsdp} x tensor={new.tensor}, {new.accumulation} microbatches.",
+    f"fsdp={new.fsdp} x tensor={new.tensor}, {new.accumulation} microbatches"
+    + (f"; each holds {held:g} times the parameters." if held > 1 else "."),
     file=sys.stderr,
   )
   return [

@@ -1,6 +1,7 @@
 """Everything before the first step: config, data, checkpoint, log."""
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,18 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
       f"do not divide over {shards} devices (mesh data="
       f"{mesh.shape['data']}, fsdp={mesh.shape['fsdp']}); use a batch_size "
       f"that is a multiple of {shards * config.train.grad_accumulation}."
+    )
+
+
+def check_width(config: Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises: ValueError where matrices do not divide over `fsdp`."""
+  fsdp = mesh.shape["fsdp"]
+  widths = [stage.dim for stage in config.model.stages]
+  if any(width % fsdp for width in widths):
+    raise ValueError(
+      f"mesh.fsdp={fsdp} must divide the width of every stage, "
+      f"{', '.join(map(str, widths))}; use a divisor of "
+      f"{math.gcd(*widths)}, and mesh.data for the other devices."
     )
 
 
@@ -241,6 +254,7 @@ def set_up(
   with together.all_or_none():
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
+    check_width(config, mesh)
     check_size(config, mesh)
     wandb_run.check(config)
     cache = cache_of(config, workdir)

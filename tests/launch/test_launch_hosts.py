@@ -136,19 +136,35 @@ def test_gpu_host_goes_on_with_fewer_gpus(world):
   ]
 
 
+def test_slurm_goes_on_with_fewer_nodes(world):
+  world.job("GPUS=8 NODES=4 FLAGS+=(--config.mesh.fsdp=8)")
+  result = world.run("slurm.sbatch", "--nodes=2", "--dry-run")
+  assert result.returncode == 0, result.stderr
+  submit, step = result.stdout.split("# in the allocation:")
+  assert "--nodes=2" in submit
+  assert "--config.mesh.data=2 --config.mesh.fsdp=8 " in step
+  assert "--config.train.grad_accumulation=2 " in step
+  assert "--num_processes=2" in step
+
+
 @pytest.mark.parametrize(
-  "mesh, batch, devices, slices, wanted",
+  "mesh, batch, devices, slices, width, wanted",
   [
     # aunet2_1b on 64 chips, a slice of two lost: fsdp stays, rows of a chip too
-    ((8, 8, 1, 1), 192, 32, 1, (4, 8, 1, 2)),
-    ((8, 8, 1, 1), 192, 128, 2, None),  # 192 rows do not divide
-    ((1, 8, 1, 4), 192, 6, 1, (1, 6, 1, 8)),
-    ((4, 2, 2, 1), 64, 8, 2, (2, 2, 2, 2)),
-    ((1, 8, 1, 1), 8, 7, 1, None),
+    ((8, 8, 1, 1), 192, 32, 1, 512, (4, 8, 1, 2)),
+    ((8, 8, 1, 1), 192, 128, 2, 512, None),  # 192 rows do not divide
+    ((1, 8, 1, 4), 192, 6, 1, 768, (1, 6, 1, 8)),
+    ((1, 8, 1, 4), 192, 6, 1, 512, (3, 2, 1, 8)),  # 6 does not divide 512
+    ((4, 2, 2, 1), 64, 8, 2, 0, (2, 2, 2, 2)),
+    ((1, 8, 1, 1), 8, 7, 1, 0, None),
   ],
 )
-def test_the_mesh_for_other_hardware(mesh, batch, devices, slices, wanted):
-  chosen = check_job.choose_mesh(check_job.Mesh(*mesh), batch, devices, slices)
+def test_the_mesh_for_other_hardware(
+  mesh, batch, devices, slices, width, wanted
+):
+  chosen = check_job.choose_mesh(
+    check_job.Mesh(*mesh), batch, devices, slices, width
+  )
   assert chosen == (None if wanted is None else check_job.Mesh(*wanted))
 
 

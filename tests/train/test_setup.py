@@ -38,6 +38,20 @@ def test_rows_divide_over_the_devices(batch_size, microbatches, says):
       setup.check_batch(config, mesh)
 
 
+def test_matrices_divide_over_the_devices():
+  config = config_lib.parse_flags([TINY, "--config.mesh.fsdp=4"])
+  setup.check_width(config, sharding.make_mesh(config.mesh))
+  config = config_lib.parse_flags([TINY, "--config.model.stages[0].dim=48"])
+  mesh = sharding.make_mesh(config_lib.MeshConfig(fsdp=8))
+  setup.check_width(config, mesh)
+  config = config_lib.parse_flags(
+    [TINY, "--config.model.stages[0].dim=36",
+     "--config.model.stages[0].head_dim=18"]
+  )  # fmt: skip
+  with pytest.raises(ValueError, match="fsdp=8 .* 36, 64; use a divisor of 4,"):
+    setup.check_width(config, mesh)
+
+
 @pytest.mark.parametrize(
   ("setting", "num_processes", "most"),
   [
