@@ -217,6 +217,8 @@ def save(setup: Setup, step: int, train_state: TrainState, position) -> None:
         f"checkpoint {setup.saver.latest_step()}."
       )
     setup.saver.save(step, train_state.items(), host)
+  for line in setup.saver.complaints():
+    setup.log.say(line)
 
 
 def roll_back(setup: Setup, error: NotFiniteError, step: int) -> TrainState:
@@ -307,6 +309,8 @@ def run(
       stopping = take_steps(setup, watchdog, ask, evaluate_at, recorder)
     watchdog.alive("the last save")
     saver.wait()
+    for line in saver.complaints():
+      setup.log.say(line)
     put_log(setup)
   setup.history.note(None, watch.seconds)
   return (stop.requested or "a signal to another process") if stopping else None

@@ -128,13 +128,12 @@ def _num_bytes(tree) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _kept(config: CheckpointConfig):
-  """The newest ones, and milestones beside them."""
-  policies = ocp.checkpoint_managers.preservation_policy
-  kept = [policies.LatestN(config.keep)]
-  if config.milestone_steps is not None:
-    kept.append(policies.EveryNSteps(config.milestone_steps))
-  return policies.AnyPreservationPolicy(kept)
+def kept(steps: Collection[int], config: CheckpointConfig) -> set[int]:
+  """Those of the steps that stay: the newest ones, and milestones."""
+  milestone = config.milestone_steps
+  return set(sorted(steps)[-config.keep :]) | {
+    step for step in steps if milestone is not None and step % milestone == 0
+  }
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -225,11 +224,11 @@ class Checkpointer:
     self._config = config
     self._saving = None  # the step being saved; one at a time
     self._watch, self._failure = None, None  # of that save
+    self._deleted, self._complaints = set(), []
     try:
       self._manager = ocp.CheckpointManager(
         str(self.directory),
         options=ocp.CheckpointManagerOptions(
-          preservation_policy=_kept(config),
           cleanup_tmp_directories=True,
           async_options=ocp.options.AsyncOptions(
             post_finalization_callback=self._write_manifest
@@ -276,7 +275,8 @@ class Checkpointer:
   def newest_before(self, step: int) -> int | None:
     """The newest checkpoint of an earlier step, once saves have ended."""
     self.wait()
-    return max((s for s in self._manager.all_steps() if s < step), default=None)
+    there = kept(self._manager.all_steps(), self._config)
+    return max((s for s in there if s < step), default=None)
 
   def drop_after(self, step: int) -> None:
     """Deletes the checkpoints of later steps, which will be run again."""
@@ -297,6 +297,7 @@ class Checkpointer:
     with together.all_or_none():
       self._check_room(step, _num_bytes(items))
     self._saving, self._saved_at = step, self._clock()
+    self._deleted.discard(step)  # before a roll-back
     args = {k: ocp.args.StandardSave(tree) for k, tree in items.items()}
     logging.getLogger("absl").addHandler(self._listener)
     try:
@@ -343,14 +344,42 @@ class Checkpointer:
       try:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
+        self._delete_old()
       except Exception as error:
-        if self._failure is None:  # nothing that was heard of
-          self._fail_after(error)
         self._fail(error)
       self._deafen()
 
     self._watch = threading.Thread(target=watch, daemon=True)
     self._watch.start()
+
+  def _delete_old(self) -> None:
+    """Deletes what is not kept; what cannot go is tried after the next save.
+
+    Orbax would end the run where it cannot.
+    """
+    if jax.process_index() != 0:
+      return
+    there, stuck = set(self._manager.all_steps()) - self._deleted, []
+    for step in sorted(there - kept(there, self._config)):
+      folder = self.directory / str(step)
+      try:
+        if self._in_bucket:
+          folder.rmtree()
+        elif folder.exists():
+          shutil.rmtree(folder)
+        self._deleted.add(step)
+      except OSError as error:
+        stuck.append(f"{step} ({_first_line(error)})")
+    if stuck:
+      self._complaints.append(
+        f"{len(stuck)} old checkpoint{'s' * (len(stuck) > 1)} could not be "
+        f"deleted: {', '.join(stuck)}; tried again after the next save"
+      )
+
+  def complaints(self) -> list[str]:
+    """What went wrong since the last call, and ends no run."""
+    taken, self._complaints = self._complaints, []
+    return taken
 
   def _deafen(self) -> None:
     logging.getLogger("absl").removeHandler(self._listener)
@@ -358,16 +387,6 @@ class Checkpointer:
   def _fail(self, error: BaseException) -> None:
     if self._failure is None:
       self._failure = self._write_error(self._saving, error)
-
-  def _fail_after(self, error: Exception) -> None:
-    """Fails where the step is written: older ones are deleted after that."""
-    with contextlib.suppress(OSError, CheckpointError):
-      if self._saving in steps(self.directory.parent):
-        self._failure = SaveError(
-          f"checkpoint {self._saving} is written under {self.directory}, but "
-          f"what follows failed: {_first_line(error)}. When that is repaired, "
-          f"run the same command again to continue from it."
-        )
 
   def failed(self) -> bool:
     """Whether this process could not write its part of the newest save."""

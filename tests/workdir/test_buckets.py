@@ -331,20 +331,29 @@ def test_checkpoints_of_a_bucket(saved, bucket, tmp_path):
   ]
   assert folder.names() == ["1", "damaged-2", "damaged-3"]
 
-  # The same steps can be saved again, and one is restored.
-  saver = checkpoints.Checkpointer(saved, CheckpointConfig())
+  # The same steps can be saved again, and one is restored. An old one that
+  # cannot go is tried again, also when some of it is gone.
+  saver = checkpoints.Checkpointer(saved, CheckpointConfig(keep=1))
+  bucket.fail("DELETE", "checkpoints/1/", 403, skip=1, times=1)
   save(saver, 2)
-  assert saver.latest_step() == 2
+  (line,) = saver.complaints()
+  assert line.startswith("1 old checkpoint could not be deleted: 1 (gs://")
+  assert "403 permission denied" in line and not saver.failed()
+  assert layout.steps(saved) == [2] and bucket.names("runs/one/checkpoints/1/")
+  save(saver, 3)
+  assert not bucket.names("runs/one/checkpoints/1/")
+  assert layout.steps(saved) == [3] and saver.latest_step() == 3
+  assert not saver.complaints()
   target = {"a": np.zeros(300, np.int32)}
-  found = saver.restore(2, {"params": target})["params"]["a"]
-  np.testing.assert_array_equal(found, np.full(300, 2))
+  found = saver.restore(3, {"params": target})["params"]["a"]
+  np.testing.assert_array_equal(found, np.full(300, 3))
 
   # What cannot be written is told; what was there stays.
   bucket.fail("POST", "ocdbt", 403)
   with pytest.raises(layout.SaveError, match="checkpoint 5 could not be writ"):
     save(saver, 5)
   assert saver.failed()
-  assert layout.steps(saved) == [1, 2]
+  assert layout.steps(saved) == [3]
   bucket.faults.clear()
   bucket.fail("POST", ".writing-0", 403)
   saver = checkpoints.Checkpointer(saved, CheckpointConfig())
