@@ -140,6 +140,15 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     file.write(data)
 
 
+def cache_folder() -> Path:
+  """Where things are kept that can be made again, for all runs of a user.
+
+  Raises: RuntimeError where the user has no home directory.
+  """
+  cache = os.environ.get("XDG_CACHE_HOME")
+  return (Path(cache) if cache else Path.home() / ".cache") / "aunet_jax"
+
+
 def parse_json(text: str | bytes):
   """The value of a JSON text.
 

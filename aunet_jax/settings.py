@@ -17,7 +17,7 @@ FIRST_MARK = 0xF8
 VOCAB_SIZE = 258  # as the official code (facebookresearch/lingua, apps/aunet)
 UPSAMPLINGS = ("multi_linear", "repeat", "simple")
 REMATS = ("none", "dots", "full")
-ATTENTIONS = ("auto", "xla", "splash", "triton")
+ATTENTIONS = ("auto", "xla", "splash", "triton", "triton_64", "triton_32")
 SCHEDULES = ("cosine", "wsd", "constant")
 OPTIMIZERS = ("adamw", "muon")
 UNDECAYED = ("norms", "embeddings", "head")
@@ -87,7 +87,7 @@ class StageConfig:
   ffn_dim: int | None = None  # None = swiglu_dim(dim), as the paper's Table 9
   skip: bool = True  # add this stage's encoding to its upsampled input
   remat: str = "dots"  # what the backward pass recomputes: none, dots, full
-  attention: str = "auto"  # kernel (`attention.py`); auto: by platform
+  attention: str = "auto"  # kernel (`aunet/attention.py`); auto: by device
   conv: int = 0  # taps of a causal convolution before attention; 0 = none
   qk_norm: bool = False  # RMSNorm of every query and key before RoPE
   # Width at which the learning rate was tuned; initialization and learning

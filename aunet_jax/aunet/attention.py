@@ -7,13 +7,15 @@ in memory and in where they run:
   xla     blocks of half a window in plain XLA; the reference, runs anywhere.
   splash  the TPU kernel that ships with JAX (Pallas); visits only the blocks
           of keys that a block of queries can see, stores no scores.
-  triton  the same for NVIDIA GPUs, ours (`attention_gpu.py`).
+  triton  the same for NVIDIA GPUs, ours (`attention_gpu.py`); triton_64 and
+          triton_32 are it with smaller tiles.
 
 `auto` picks by the platform of the devices that will run the program: those
 of the mesh in context, so that a program compiled ahead of time for TPUs on a
-CPU host gets the TPU's kernel. No GPU kernel that JAX ships has windows and
-documents both: its cuDNN one takes documents only as a bias of L^2 numbers,
-its Pallas one has no window and no groups of heads.
+CPU host gets the TPU's kernel. On GPUs it is xla, unless `trial` has put a
+kernel in its place that was tried on the device. No GPU kernel that JAX ships
+has windows and documents both: its cuDNN one takes documents only as a bias of
+L^2 numbers, its Pallas one has no window and no groups of heads.
 
 Letters: B batch, L positions, M attended positions, H query heads, G key/value
 heads, R query heads per key/value head, K head dim, N blocks of C positions.
@@ -35,10 +37,9 @@ from aunet_jax.config import StageConfig
 PLATFORMS = {
   "xla": ("cpu", "gpu", "tpu"),
   "splash": ("tpu",),
-  "triton": ("gpu",),
+  **{name: ("gpu",) for name in attention_gpu.TILES},
 }
 
-# On GPUs, xla until triton has run on one: interpreted, it is exact.
 _AUTO = {"tpu": "splash"}
 
 # Padding of the kernels' last block: no document of a row has this id.
@@ -65,20 +66,14 @@ def pick(choice: str, platform: str, where: str = "attention") -> str:
 
 
 def describe(stages: Sequence[StageConfig], platform: str) -> str:
-  """One line for the log: the kernel of every stage, and why.
+  """One line for the log: the kernel of every stage.
 
   Raises: ValueError as `check`.
   """
   kernels = check(stages, platform)
-  line = f"attention on {platform}: " + ", ".join(
+  return f"attention on {platform}: " + ", ".join(
     f"stage {number} {name}" for number, name in enumerate(kernels, start=1)
   )
-  if platform == "gpu" and "auto" in [stage.attention for stage in stages]:
-    line += (
-      " (auto: triton, faster and smaller, has not run on a GPU yet; "
-      "--config.model.stages[0].attention=triton tries it)"
-    )
-  return line
 
 
 def check(stages: Sequence[StageConfig], platform: str) -> tuple[str, ...]:
@@ -89,9 +84,10 @@ def check(stages: Sequence[StageConfig], platform: str) -> tuple[str, ...]:
   kernels = []
   for number, stage in enumerate(stages, start=1):
     kernel = pick(stage.attention, platform, f"stage {number}")
-    if kernel == "triton" and stage.head_dim > attention_gpu.MAX_HEAD_DIM:
+    ours = kernel in attention_gpu.TILES
+    if ours and stage.head_dim > attention_gpu.MAX_HEAD_DIM:
       raise ValueError(
-        f"stage {number}: attention='triton' takes a head_dim of at most "
+        f"stage {number}: attention={kernel!r} takes a head_dim of at most "
         f"{attention_gpu.MAX_HEAD_DIM} and this is {stage.head_dim}, whose "
         f"blocks do not fit a GPU's shared memory; use 'auto' or 'xla'."
       )
@@ -114,7 +110,7 @@ def attention(
   Returns: o_BLHK, dtype of v_BLGK.
   Raises: ValueError where the choice cannot run there.
   """
-  kernel = _KERNELS[pick(choice, sharding.platform())]
+  kernel = KERNELS[pick(choice, sharding.platform())]
   return kernel(q_BLHK, k_BLGK, v_BLGK, documents_BL, window)
 
 
@@ -129,7 +125,7 @@ def multiplied_pairs(kernel: str, length: int, window: int | None) -> int:
   if kernel == "splash":
     queries = keys = _splash_block(length)
   else:
-    queries, keys = attention_gpu.BLOCK_C, attention_gpu.BLOCK_M
+    queries, keys = attention_gpu.TILES[kernel][:2]
   pairs = 0
   for first in range(0, length, queries):
     seen_from = max(0, first - window + 1) // keys * keys
@@ -393,13 +389,24 @@ def flash(
   v_BLGK: jax.Array,
   documents_BL: jax.Array,
   window: int | None,
+  tiles: attention_gpu.Tiles = attention_gpu.TILES["triton"],
   interpret: bool = False,
 ) -> jax.Array:
   """`attention` by our GPU kernel. `interpret`: on a CPU, for tests."""
   kernel = functools.partial(
-    attention_gpu.flash_attention, window=window, interpret=interpret
+    attention_gpu.flash_attention,
+    window=window,
+    tiles=tiles,
+    interpret=interpret,
   )
   return per_device(kernel, q_BLHK, k_BLGK, v_BLGK, documents_BL)
 
 
-_KERNELS = {"xla": blockwise, "splash": splash, "triton": flash}
+KERNELS = {
+  "xla": blockwise,
+  "splash": splash,
+  **{
+    name: functools.partial(flash, tiles=tiles)
+    for name, tiles in attention_gpu.TILES.items()
+  },
+}

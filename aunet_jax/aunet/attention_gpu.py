@@ -3,7 +3,8 @@
 
 A program works on one block of queries (forward, query gradient) or of keys
 (their gradients), and loops over the blocks that the window lets it meet; no
-scores are stored. Block sizes are those common for the hardware, not tuned.
+scores are stored. The sizes of blocks (`TILES`) are those common for the
+hardware; `trial` picks among them on the device itself.
 
 Letters: B batch, L positions, H query heads, G key/value heads, R query heads
 per key/value head, K head dim, C queries of a block, M keys of a block.
@@ -21,13 +22,27 @@ from jax.experimental.pallas import triton
 
 from aunet_jax.aunet.layers import SAVED
 
-BLOCK_C, BLOCK_M = 128, 64  # forward; L is padded to the larger one
+
+class Tiles(NamedTuple):
+  """Queries and keys of a block; L is padded to the largest. Powers of two."""
+
+  queries: int
+  keys: int
+  backward_queries: int
+  backward_keys: int
 
 
-BACKWARD_C, BACKWARD_M = 64, 64
+# The kernel's name as a stage's `attention` -> its tiles. Large ones read keys
+# less often, small ones leave more programs room on a multiprocessor.
+TILES = {
+  "triton": Tiles(128, 64, 64, 64),
+  "triton_64": Tiles(64, 64, 64, 64),
+  "triton_32": Tiles(64, 32, 32, 32),
+}
 
-# At 128 a float32 block takes 214 kB of the 232 kB of shared memory of an H100
-# (counted by XLA, ahead of time), at 256 it would take 328 kB.
+# At 128 a float32 block of the largest tiles takes 214 kB of the 232 kB of
+# shared memory of an H100 (counted by XLA, ahead of time), at 256 it would
+# take 328 kB.
 MAX_HEAD_DIM = 128
 
 # Finite: a block may hold nothing a query sees, and inf - inf is no number.
@@ -40,17 +55,19 @@ def flash_attention(
   v_BLGK: jax.Array,
   documents_BL: jax.Array,
   window: int | None,
+  tiles: Tiles = TILES["triton"],
   interpret: bool = False,
 ) -> jax.Array:
   """See `attention.attention`; of one device. `interpret`: on a CPU."""
   B, L, H, K = q_BLHK.shape
-  extra, wider = -L % BLOCK_C, _padded_width(K) - K
+  extra, wider = -L % max(tiles), _padded_width(K) - K
 
   def pad(x_BLHK):
     return jnp.pad(x_BLHK, ((0, 0), (0, extra), (0, 0), (0, wider)))
 
   documents_BL = jnp.pad(documents_BL, ((0, 0), (0, extra)), constant_values=-1)
-  options = _Options(L if window is None else window, K**-0.5, interpret)
+  window = L if window is None else window
+  options = _Options(window, K**-0.5, tiles, interpret)
   o_BLHK = _flash(options, pad(q_BLHK), pad(k_BLGK), pad(v_BLGK), documents_BL)
   return o_BLHK[:, :L, :, :K]
 
@@ -63,6 +80,7 @@ def _padded_width(head_dim: int) -> int:
 class _Options(NamedTuple):
   window: int
   scale: float  # of the scores
+  tiles: Tiles
   interpret: bool
 
 
@@ -92,7 +110,7 @@ def _key_blocks(first_query, num_queries, window, block):
 def _forward_kernel(
   q_ref, k_ref, v_ref, documents_ref, o_ref, sum_ref, *, options
 ):
-  window, scale = options.window, options.scale
+  window, scale, M = options.window, options.scale, options.tiles.keys
   C, K = q_ref.shape
   first_query = pl.program_id(0) * C
   q_CK = q_ref[...]
@@ -100,13 +118,13 @@ def _forward_kernel(
 
   def body(j, carry):
     o_CK, peak_C, total_C = carry
-    keys = pl.ds(j * BLOCK_M, BLOCK_M)
+    keys = pl.ds(j * M, M)
     score_CM = _scores(
       q_CK,
       k_ref[keys, :],
       scale,
       first_query,
-      j * BLOCK_M,
+      j * M,
       window,
       (documents_C, documents_ref[keys]),
     )
@@ -122,7 +140,7 @@ def _forward_kernel(
   # The last block holds the query itself: what blocks without a seen key have
   # added before is shrunk to nothing.
   o_CK, peak_C, total_C = jax.lax.fori_loop(
-    *_key_blocks(first_query, C, window, BLOCK_M),
+    *_key_blocks(first_query, C, window, M),
     body,
     (
       jnp.zeros((C, K), jnp.float32),
@@ -143,12 +161,12 @@ def _params(head_dim: int, num_stages: int):
 def _forward(options, q_BLHK, k_BLGK, v_BLGK, documents_BL):
   """o_BLHK, and the log2 of each query's sum of weights (B, H, L), float32."""
   B, L, H, K = q_BLHK.shape
-  R = H // k_BLGK.shape[2]
-  queries = pl.BlockSpec((None, BLOCK_C, None, K), lambda i, h, b: (b, i, h, 0))
+  R, C = H // k_BLGK.shape[2], options.tiles.queries
+  queries = pl.BlockSpec((None, C, None, K), lambda i, h, b: (b, i, h, 0))
   keys = pl.BlockSpec((None, L, None, K), lambda i, h, b: (b, 0, h // R, 0))
   return pl.pallas_call(
     functools.partial(_forward_kernel, options=options),
-    grid=(L // BLOCK_C, H, B),
+    grid=(L // C, H, B),
     in_specs=[
       queries,
       keys,
@@ -157,7 +175,7 @@ def _forward(options, q_BLHK, k_BLGK, v_BLGK, documents_BL):
     ],
     out_specs=[
       queries,
-      pl.BlockSpec((None, None, BLOCK_C), lambda i, h, b: (b, h, i)),
+      pl.BlockSpec((None, None, C), lambda i, h, b: (b, h, i)),
     ],
     out_shape=[
       jax.ShapeDtypeStruct(q_BLHK.shape, v_BLGK.dtype),
@@ -178,21 +196,21 @@ def _query_kernel(
 ):  # fmt: skip
   """Gradient of one block of queries."""
   window, scale = options.window, options.scale
-  C, K = q_ref.shape
+  (C, K), M = q_ref.shape, options.tiles.backward_keys
   first_query = pl.program_id(0) * C
   q_CK, do_CK = q_ref[...], do_ref[...]
   sum_C, mean_C = sum_ref[...], mean_ref[...]
   documents_C = documents_ref[pl.ds(first_query, C)]
 
   def body(j, dq_CK):
-    keys = pl.ds(j * BACKWARD_M, BACKWARD_M)
+    keys = pl.ds(j * M, M)
     k_MK = k_ref[keys, :]
     score_CM = _scores(
       q_CK,
       k_MK,
       scale,
       first_query,
-      j * BACKWARD_M,
+      j * M,
       window,
       (documents_C, documents_ref[keys]),
     )
@@ -202,7 +220,7 @@ def _query_kernel(
     return dq_CK + triton.dot(dscore_CM.astype(k_MK.dtype), k_MK)
 
   dq_CK = jax.lax.fori_loop(
-    *_key_blocks(first_query, C, window, BACKWARD_M),
+    *_key_blocks(first_query, C, window, M),
     body,
     jnp.zeros((C, K), jnp.float32),
   )
@@ -216,24 +234,25 @@ def _key_kernel(
   """Gradients of one block of keys and values, over R heads' queries."""
   window, scale = options.window, options.scale
   (M, K), (L, R, _) = k_ref.shape, q_ref.shape
+  C = options.tiles.backward_queries
   first_key = pl.program_id(0) * M
   k_MK, v_MK = k_ref[...], v_ref[...]
   documents_M = documents_ref[pl.ds(first_key, M)]
   carry = jnp.zeros((M, K), jnp.float32), jnp.zeros((M, K), jnp.float32)
   # The last query that may see a key of this block is window - 1 after it.
-  end = jnp.minimum(first_key + M + window - 1 + BACKWARD_C - 1, L)
+  end = jnp.minimum(first_key + M + window - 1 + C - 1, L)
 
   for r in range(R):
 
     def body(i, carry, r=r):
       dk_MK, dv_MK = carry
-      queries = pl.ds(i * BACKWARD_C, BACKWARD_C)
+      queries = pl.ds(i * C, C)
       q_CK, do_CK = q_ref[queries, r, :], do_ref[queries, r, :]
       score_CM = _scores(
         q_CK,
         k_MK,
         scale,
-        i * BACKWARD_C,
+        i * C,
         first_key,
         window,
         (documents_ref[queries], documents_M),
@@ -246,8 +265,8 @@ def _key_kernel(
       return dk_MK, dv_MK
 
     carry = jax.lax.fori_loop(
-      jax.lax.div(first_key, BACKWARD_C),
-      jax.lax.div(end, BACKWARD_C),
+      jax.lax.div(first_key, C),
+      jax.lax.div(end, C),
       body,
       carry,
     )
@@ -261,21 +280,20 @@ def _backward(options, saved, do_BLHK):
   B, L, H, K = q_BLHK.shape
   G = k_BLGK.shape[2]
   R = H // G
+  C, M = options.tiles.backward_queries, options.tiles.backward_keys
   do_BLHK = do_BLHK.astype(v_BLGK.dtype)
   # What a softmax subtracts from the gradient of its weights.
   mean_BLH = (o_BLHK.astype(jnp.float32) * do_BLHK.astype(jnp.float32)).sum(-1)
   mean_BHL = mean_BLH.swapaxes(1, 2)
   params = _params(K, num_stages=2)
 
-  queries = pl.BlockSpec(
-    (None, BACKWARD_C, None, K), lambda i, h, b: (b, i, h, 0)
-  )
+  queries = pl.BlockSpec((None, C, None, K), lambda i, h, b: (b, i, h, 0))
   row = pl.BlockSpec((None, L), lambda i, h, b: (b, 0))
-  of_queries = pl.BlockSpec((None, None, BACKWARD_C), lambda i, h, b: (b, h, i))
+  of_queries = pl.BlockSpec((None, None, C), lambda i, h, b: (b, h, i))
   all_keys = pl.BlockSpec((None, L, None, K), lambda i, h, b: (b, 0, h // R, 0))
   dq_BLHK = pl.pallas_call(
     functools.partial(_query_kernel, options=options),
-    grid=(L // BACKWARD_C, H, B),
+    grid=(L // C, H, B),
     in_specs=[
       queries, all_keys, all_keys, row, queries, of_queries, of_queries,
     ],
@@ -288,7 +306,7 @@ def _backward(options, saved, do_BLHK):
     q_BLHK, k_BLGK, v_BLGK, documents_BL, do_BLHK, sum_BHL, mean_BHL,
   )  # fmt: skip
 
-  keys = pl.BlockSpec((None, BACKWARD_M, None, K), lambda i, g, b: (b, i, g, 0))
+  keys = pl.BlockSpec((None, M, None, K), lambda i, g, b: (b, i, g, 0))
   all_queries = pl.BlockSpec(
     (None, L, None, R, K), lambda i, g, b: (b, 0, g, 0, 0)
   )
@@ -298,7 +316,7 @@ def _backward(options, saved, do_BLHK):
   by_group = (B, L, G, R, K)
   dk_BLGK, dv_BLGK = pl.pallas_call(
     functools.partial(_key_kernel, options=options),
-    grid=(L // BACKWARD_M, G, B),
+    grid=(L // M, G, B),
     in_specs=[
       all_queries, keys, keys, row, all_queries, of_all_queries, of_all_queries,
     ],

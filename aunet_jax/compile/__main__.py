@@ -22,6 +22,7 @@ Exit status: 0 compiled and fits, 1 does not fit, 2 bad input.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import shlex
@@ -31,7 +32,7 @@ from pathlib import Path
 
 from aunet_jax import config as config_lib
 from aunet_jax import terminal
-from aunet_jax.aunet import sharding
+from aunet_jax.aunet import sharding, trial
 from aunet_jax.compile import picture, programs, step_time
 from aunet_jax.compile.report import report, table
 from aunet_jax.train import setup
@@ -45,6 +46,10 @@ def _versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       continue
   return found
+
+
+def say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
 @terminal.command
@@ -120,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   devices = programs.topology_devices(args.topology, args.slices)
   mesh = sharding.make_mesh(config.mesh, devices)
   setup.check_batch(config, mesh)
+  if args.topology is None:  # what training here would run
+    model, _ = trial.resolve(config.model, mesh, say=say)
+    config = dataclasses.replace(config, model=model)
   result = {
     "command": shlex.join(["python", "-m", "aunet_jax.compile", *argv]),
     "versions": _versions(),
@@ -133,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       decode_bytes=args.bytes,
       check=args.check,
       time_parts=args.time,
-      say=lambda line: print(line, file=sys.stderr, flush=True),
+      say=say,
     ),
   }
   print(table(result))

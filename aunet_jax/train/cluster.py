@@ -3,10 +3,10 @@
 import os
 import sys
 import threading
-from pathlib import Path
 
 import jax
 
+from aunet_jax import files
 from aunet_jax.terminal import EXIT_FAILED
 
 
@@ -94,7 +94,5 @@ def keep_compiled_programs() -> None:
     return
   if jax.default_backend() == "cpu":
     return
-  cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-  jax.config.update(
-    "jax_compilation_cache_dir", str(cache / "aunet_jax" / "compiled")
-  )
+  folder = files.cache_folder() / "compiled"
+  jax.config.update("jax_compilation_cache_dir", str(folder))

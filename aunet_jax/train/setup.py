@@ -1,5 +1,6 @@
 """Everything before the first step: config, data, checkpoint, log."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from aunet_jax.aunet import attention, counts, devices, sharding
+from aunet_jax.aunet import attention, counts, devices, sharding, trial
 from aunet_jax.config import Config
 from aunet_jax.data import building
 from aunet_jax.data.corpora import Corpus, open_corpora
@@ -134,7 +135,7 @@ def who_builds(config: Config, cache: Path, num_processes: int) -> building.How:
 class Setup(NamedTuple):
   """A run ready for its next step."""
 
-  config: Config
+  config: Config  # on GPUs with a kernel for each `attention="auto"`
   workdir: Path | BucketPath
   mesh: jax.sharding.Mesh
   tx: optax.GradientTransformation
@@ -148,7 +149,7 @@ class Setup(NamedTuple):
   watch: Stopwatch
   history: History
   interval: metrics.Interval
-  identity: dict  # hashes stored in every checkpoint
+  identity: dict  # hashes and kernels stored in every checkpoint
 
 
 class Restored(NamedTuple):
@@ -232,11 +233,12 @@ def set_up(
 
   Order of a resume: 1. the newest undamaged checkpoint is chosen; 2. the config
   is compared with the workdir's; 3. the data opens; 4. the checkpoint's
-  splitting tables, tokenizer and data are compared; 5. it is restored (of a run
-  without a checkpoint, `train.branch_from`, `train.init_from` or random
-  parameters); 6. the data iterator is set; 7. config.json is written, and a
-  branch saves what it begins with; 8. the log loses its rows past the restored
-  step.
+  splitting tables, tokenizer and data are compared; 5. attention kernels are
+  found (on GPUs those of the checkpoint, where nothing has changed); 6. it is
+  restored (of a run without a checkpoint, `train.branch_from`,
+  `train.init_from` or random parameters); 7. the data iterator is set;
+  8. config.json is written, and a branch saves what it begins with; 9. the log
+  loses its rows past the restored step.
 
   Where a process of several fails, all do.
 
@@ -258,7 +260,7 @@ def set_up(
     check_size(config, mesh)
     wandb_run.check(config)
     cache = cache_of(config, workdir)
-    say(attention.describe(config.model.stages, sharding.platform(mesh)))
+    attention.check(config.model.stages, sharding.platform(mesh))
     tx = optimizer.make_optimizer(config)
     splitter = Splitter(config.model.rules, config.has_roles)
     tokenizer = open_tokenizer(config)
@@ -310,6 +312,10 @@ def set_up(
       made_by = workdir if branched is None else branched.workdir
       check_identity(host, config, made_by, splitter, tokenizer, corpus)
 
+  model, kernels = trial.resolve(
+    config.model, mesh, kept=host.get("attention"), say=say
+  )
+  say(attention.describe(model.stages, sharding.platform(mesh)))
   saver = checkpoints.Checkpointer(workdir, config.checkpoint)
   source = begins_with if branched is None else branched.origin
   read = None
@@ -347,6 +353,7 @@ def set_up(
   if branched is not None:  # from here on the source is not needed
     saver.save(step, restored.train_state.items(), host)
     saver.wait()
+  config = dataclasses.replace(config, model=model)
   return Setup(
     config=config,
     workdir=workdir,
@@ -367,5 +374,6 @@ def set_up(
       "data_fingerprint": corpus.fingerprint,
       "heldout_fingerprint": heldout and heldout.fingerprint,
       "tokenizer_hash": None if tokenizer is None else tokenizer.hash,
-    },
+    }
+    | ({} if kernels is None else {"attention": kernels}),
   )

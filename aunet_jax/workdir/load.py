@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from aunet_jax.aunet import devices, sharding
+from aunet_jax.aunet import devices, sharding, trial
 from aunet_jax.aunet.network import AUNet, abstract_params
 from aunet_jax.config import Config
 from aunet_jax.data.tokenizer import Tokenizer
@@ -75,7 +75,8 @@ def load(
 ) -> Loaded:
   """Reads the model of the newest undamaged checkpoint.
 
-  A newer one whose model is damaged is named on stderr, and left as it is.
+  A newer one whose model is damaged is named on stderr, and left as it is. On
+  GPUs the model gets the attention kernels that `trial` finds.
 
   Args:
     mesh: where to put the parameters; None = the first device.
@@ -111,7 +112,8 @@ def load(
   with ocp.CheckpointManager(directory) as manager:
     params = read_items(manager, step, {"params": target})["params"]
   # The kernels it was trained with may not run on the devices here.
-  config = dataclasses.replace(config, model=model.with_attention("auto"))
+  model, _ = trial.resolve(model.with_attention("auto"), mesh, say=_say)
+  config = dataclasses.replace(config, model=model)
   tokenizer = None
   if config.data.tokenizer is not None:
     try:
@@ -120,6 +122,10 @@ def load(
       raise CheckpointError(f"the workdir's tokenizer: {error}") from None
   check_tokenizer(host, tokenizer)
   return Loaded(AUNet(config.model), params, splitter, config, step, tokenizer)
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
 def check_tokenizer(host: dict, tokenizer: Tokenizer | None) -> None:
