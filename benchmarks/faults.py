@@ -1,7 +1,7 @@
 """Hurts training runs on purpose, and checks that nothing is lost.
 
-  python -m benchmarks.faults                           54 faults
-  python -m benchmarks.faults --faults=9 --steps=96     one of each kind
+  python -m benchmarks.faults                           66 faults
+  python -m benchmarks.faults --faults=11 --steps=96    one of each kind
 
 The command line trains tests/tiny.py, is hurt at a moment drawn from --seed,
 and is started again, until it has reached its last step. After every fault:
@@ -14,7 +14,14 @@ and is started again, until it has reached its last step. After every fault:
     of bytes seen of a run that nothing disturbed, equal to the last bit. A
     batch that was lost, repeated or changed would change them.
 
-Runs of two processes are compared with an undisturbed run of two processes.
+Runs of several processes are compared with an undisturbed run of as many.
+hosts_of_two and hosts_of_four change how many there are: kill -9 takes some of
+them, as hosts that die, and the run goes on with those that are left; or all
+are told to stop, and it goes on with more. The mesh is what the launch scripts
+choose (`launch/check_job.py`). Another mesh adds the same numbers in another
+order, and float32 rounds a sum by its order: from then on each step must have
+seen the same bytes, and its loss must agree to one part in 10^4.
+
 The last line of the output is one JSON object.
 """
 
@@ -51,7 +58,12 @@ KINDS = (
   "flip",
   "file_limit",
   "disk_full",
+  "hosts_of_two",
+  "hosts_of_four",
 )
+PROCESSES = {"kill_one_of_two": 2, "hosts_of_two": 2, "hosts_of_four": 4}
+FLAGS = {4: ("--config.train.batch_size=12",)}  # three divide it, too
+OTHER_MESH_RTOL = 1e-4  # of a loss, after another order of its sums
 
 
 class Broken(AssertionError):
@@ -88,7 +100,10 @@ def await_(condition: Callable[[], object], what: str):
 
 
 class Run:
-  """One workdir, started again and again."""
+  """One workdir, started again and again.
+
+  Args: num_processes: of the job; `resize` starts it on others.
+  """
 
   def __init__(
     self,
@@ -98,23 +113,42 @@ class Run:
     steps: int,
     flags: Sequence[str] = (),
   ):
-    self.flags = flags
     self.corpus, self.workdir, self.num_steps = corpus, workdir, steps
-    self.num_processes = num_processes
+    self.flags = [
+      "--config=tests/tiny.py",
+      f"--workdir={workdir}", f"--config.data.train={corpus}",
+      "--config.data.heldout_fraction=0", "--config.train.log_every_steps=1",
+      f"--config.train.num_steps={steps}",
+      "--config.checkpoint.keep=4",
+      f"--config.checkpoint.every_steps={SAVE_EVERY}",
+      f"--config.mesh.fsdp={num_processes}",
+      *flags,
+    ]  # fmt: skip
+    self.job_processes = self.num_processes = num_processes
+    self.mesh_flags = []
+    self.other_mesh = False  # whether it was started on another than the job's
     self.processes, self.writers = [], []
     self.damaged = set()  # steps whose checkpoint was damaged since the start
     self.starts = 0
 
+  def resize(self, num_processes: int) -> str:
+    """The next start has so many processes; what the launch scripts say."""
+    chosen = subprocess.run(
+      [
+        sys.executable, "launch/check_job.py",
+        f"--job_devices={self.job_processes}", f"--devices={num_processes}",
+        "--", *self.flags,
+      ],
+      cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      capture_output=True, text=True,
+    )  # fmt: skip
+    check(chosen.returncode == 0, f"no mesh:\n{chosen.stderr}")
+    self.num_processes, self.mesh_flags = num_processes, chosen.stdout.split()
+    return chosen.stderr.strip().removeprefix("launch: ") or "the job's mesh"
+
   def start(self) -> None:
     command = [
-      sys.executable, "-m", "aunet_jax.train", "--config=tests/tiny.py",
-      f"--workdir={self.workdir}", f"--config.data.train={self.corpus}",
-      "--config.data.heldout_fraction=0", "--config.train.log_every_steps=1",
-      f"--config.train.num_steps={self.num_steps}",
-      "--config.checkpoint.keep=4",
-      f"--config.checkpoint.every_steps={SAVE_EVERY}",
-      f"--config.mesh.fsdp={self.num_processes}",
-      *self.flags,
+      sys.executable, "-m", "aunet_jax.train", *self.flags, *self.mesh_flags
     ]  # fmt: skip
     if self.num_processes > 1:
       command += [
@@ -122,6 +156,7 @@ class Run:
         f"--num_processes={self.num_processes}",
       ]
     self.starts += 1
+    self.other_mesh |= bool(self.mesh_flags)
     self.started_at = time.monotonic()
     self.processes, self.writers = [], []
     for i in range(self.num_processes):
@@ -263,6 +298,25 @@ def kill_one_of_two(run: Run, rng: random.Random) -> str:
   )
 
 
+def hosts(run: Run, rng: random.Random) -> str:
+  """Hosts die, and the run goes on without; or hosts come, and it uses them."""
+  before = run.num_processes
+  sizes = [n for n in range(1, run.job_processes + 1) if n != before]
+  after = rng.choice(sizes)
+  if after < before:
+    for victim in rng.sample(run.processes, before - after):
+      victim.kill()
+    run.end(20)  # those that are left notice, or a launcher ends them
+  else:
+    run.processes[rng.randrange(before)].terminate()
+    statuses = run.end()
+    check(set(statuses) <= {75, 0}, f"{statuses} after SIGTERM:\n{run.said()}")
+  return f"{before} to {after} processes: {run.resize(after)}"
+
+
+hosts_of_two = hosts_of_four = hosts
+
+
 def sigterm(run: Run, rng: random.Random) -> str:
   run.processes[0].terminate()
   (status,) = run.end()
@@ -338,6 +392,23 @@ FAULTS = {name: globals()[name] for name in KINDS}
 # ----- one after the other --------------------------------------------------
 
 
+def same(run: Run, rows: list, expected: list) -> float:
+  """Checks steps, bytes and losses; the largest relative difference of a loss.
+
+  Args: rows, expected: as `Run.rows`.
+  """
+  if not rows:
+    return 0.0
+  (steps, losses, seen), (steps_e, losses_e, seen_e) = (
+    zip(*table, strict=True) for table in (rows, expected)
+  )
+  check(steps == steps_e and seen == seen_e, f"other steps or bytes: {rows}")
+  apart = np.abs(np.divide(losses, losses_e) - 1).max()
+  limit = OTHER_MESH_RTOL if run.other_mesh else 0
+  check(apart <= limit, f"losses differ by {apart}: {rows}")
+  return float(apart)
+
+
 def small_disk(folder: Path) -> bool:
   """Mounts a file system of 96 MB there, where that is allowed."""
   folder.mkdir()
@@ -356,8 +427,9 @@ def hurt(run: Run, kind: str, rng: random.Random, expected: list) -> dict:
   run.await_step(min(at, run.num_steps - 3 * SAVE_EVERY))
   happened = FAULTS[kind](run, rng)
   rows = run.rows()
-  check(rows == expected[: len(rows)], f"other steps or losses after {kind}")
-  return {"kind": kind, "step": len(rows), "happened": happened}
+  apart = same(run, rows, expected[: len(rows)])
+  found = {"kind": kind, "step": len(rows), "happened": happened}
+  return {**found, "losses_apart": apart} if run.other_mesh else found
 
 
 def inject(folder: Path, num_faults: int, num_steps: int, seed: int, kinds):
@@ -370,15 +442,16 @@ def inject(folder: Path, num_faults: int, num_steps: int, seed: int, kinds):
   kinds = [kind for kind in kinds if kind != "disk_full" or mounted]
   turns = [kinds[i % len(kinds)] for i in range(num_faults)]
   rng.shuffle(turns)
-  done, repeated, lives, starts = [], 0, 0, 0
+  done, repeated, lives, starts, apart = [], 0, 0, 0, 0.0
   try:
-    for number in (1, 2):
-      mine = [
-        kind for kind in turns if (kind == "kill_one_of_two") + 1 == number
-      ]
+    for number in (1, 2, 4):
+      mine = [kind for kind in turns if PROCESSES.get(kind, 1) == number]
       if not mine:
         continue
-      whole = Run(corpus, folder / f"undisturbed-{number}", number, num_steps)
+      flags = FLAGS.get(number, ())
+      whole = Run(
+        corpus, folder / f"undisturbed-{number}", number, num_steps, flags
+      )
       whole.start()
       status = whole.end(patience=12 * PATIENCE_SECONDS)
       check(not any(status), f"undisturbed: {status}\n{whole.said()}")
@@ -391,7 +464,7 @@ def inject(folder: Path, num_faults: int, num_steps: int, seed: int, kinds):
       while mine or run is not None:
         if run is None:
           lives += 1
-          run = Run(corpus, disk / f"hurt-{lives}", number, num_steps)
+          run = Run(corpus, disk / f"hurt-{lives}", number, num_steps, flags)
         reached = (run.rows() or [(0,)])[-1][0]
         if mine and reached < num_steps - 6 * SAVE_EVERY:
           done.append(hurt(run, mine.pop(), rng, expected))
@@ -404,7 +477,8 @@ def inject(folder: Path, num_faults: int, num_steps: int, seed: int, kinds):
           not any(run.end(12 * PATIENCE_SECONDS)),
           f"the last start:\n{run.said()}",
         )
-        check(run.rows() == expected, "other steps or losses at the end")
+        check(len(run.rows()) == num_steps, "steps missing at the end")
+        apart = max(apart, same(run, run.rows(), expected))
         shutil.rmtree(run.workdir)
         starts, run = starts + run.starts, None
   finally:
@@ -418,6 +492,7 @@ def inject(folder: Path, num_faults: int, num_steps: int, seed: int, kinds):
     "starts": starts,
     "steps_of_a_run": num_steps,
     "steps_computed_twice": repeated,
+    "losses_apart_where_the_mesh_changed": apart,
     "log": done,
   }
 
@@ -428,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--faults", type=int, default=54, help="how many")
+  parser.add_argument("--faults", type=int, default=66, help="how many")
   parser.add_argument("--steps", type=int, default=360, help="of a run")
   parser.add_argument("--seed", type=int, default=0, help="of the moments")
   parser.add_argument(
