@@ -280,7 +280,8 @@ def in_parts(
   Returns: None where parts of other shares are not finished.
   """
   recipe, log, cache_dir = order.recipe, order.log, order.cache_dir
-  work = cache_dir / f"{recipe.key}.{order.listing}.partial"
+  # Parts cut otherwise, by another version, are of no use here.
+  work = cache_dir / f"{recipe.key}.{order.listing}.{len(groups)}.partial"
   tasks = [
     parts.Task(work, number, recipe, group)
     for number, group in enumerate(groups)
@@ -340,5 +341,8 @@ def _join(
   if not found.num_train:
     raise ValueError(_nothing(order.recipe, tally, found.num_heldout))
   waiting = found.waiting_contents
-  _write_index(work, order, tally, found.near_copies, waiting=waiting)
+  _write_index(
+    work, order, tally, found.near_copies, waiting=waiting,
+    part_bytes=parts.PART_BYTES,
+  )  # fmt: skip
   parts.sync_directory(work)

@@ -149,11 +149,13 @@ def _same_text(
   log,
 ) -> bool:
   """Whether files hold what an index was made of; reads them."""
-  waiting = _read_index(index).get("waiting")
+  said = _read_index(index)
+  waiting = said.get("waiting")
   if waiting is not None:
+    groups = parts.cut(files, said.get("part_bytes", parts.OLD_PART_BYTES))
     tasks = [
       parts.Task(index, number, recipe, group)
-      for number, group in enumerate(parts.cut(files))
+      for number, group in enumerate(groups)
     ]
     return len(tasks) == len(waiting) and all(
       parts.holds(task, index / "train" / task.name, content)

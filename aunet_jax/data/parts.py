@@ -38,18 +38,24 @@ from aunet_jax.data import (
 )
 from aunet_jax.files import Lock
 
-PART_BYTES = 1 << 28  # of files as stored, that a part has at least
+# Of files as stored, that a part has at least: small, since processes wait for
+# the one that has the last part. An index without "part_bytes" was cut at OLD.
+PART_BYTES = 1 << 26
+OLD_PART_BYTES = 1 << 28
 MOST_PARTS = 512  # a row's part is kept open, see `joined`
 
 _ADVANCE_BYTES = 1 << 20  # of text, between two reports
 
 
 def cut(
-  files: Sequence[sources.Source],
+  files: Sequence[sources.Source], least: int | None = None
 ) -> list[list[sources.Source]]:
-  """The files of every part, in order; at least one part."""
+  """The files of every part, in order; at least one part.
+
+  Args: least: bytes of a part; None = PART_BYTES.
+  """
   total = sum(file.size for file in files)
-  enough = max(PART_BYTES, -(-total // MOST_PARTS))
+  enough = max(least or PART_BYTES, -(-total // MOST_PARTS))
   parts, size = [[]], 0
   for file in files:
     if size >= enough:
