@@ -26,6 +26,7 @@ The last line of the output is one JSON object.
 """
 
 import argparse
+import atexit
 import collections
 import json
 import os
@@ -177,6 +178,7 @@ class Run:
           stderr=subprocess.STDOUT,
         )
       )
+      atexit.register(self.processes[-1].kill)
       writer.stdin.close()
       self.writers.append(writer)
 

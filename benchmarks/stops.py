@@ -235,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
       f"--processes from 2, --stops from 1, --kinds of {','.join(KINDS)}"
     )
   began = time.monotonic()
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends them, too
   with tempfile.TemporaryDirectory() as folder:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/cache")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
