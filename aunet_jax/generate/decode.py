@@ -73,7 +73,7 @@ class Output(NamedTuple):
   """What one call of the loop generated; row b holds `count_B[b]` entries."""
 
   count_B: jax.Array  # int32
-  byte_BT: jax.Array  # int16, EOS included
+  byte_BT: jax.Array  # int32, EOS included; ids where the model reads tokens
   level_BT: jax.Array  # int8, of the byte
   logprob_BT: jax.Array  # float32, nats
 
@@ -366,7 +366,7 @@ def run(
   block_P = jnp.array(schedule.blocks(P), jnp.int32)
   output = Output(
     jnp.zeros((B,), jnp.int32),
-    jnp.zeros((B, max_turns), jnp.int16),
+    jnp.zeros((B, max_turns), jnp.int32),
     jnp.zeros((B, max_turns), jnp.int8),
     jnp.zeros((B, max_turns), jnp.float32),
   )

@@ -294,7 +294,7 @@ def run(
   size = max_turns * config.heads
   output = Output(
     jnp.zeros((1,), jnp.int32),
-    jnp.zeros((1, size), jnp.int16),
+    jnp.zeros((1, size), jnp.int32),
     jnp.zeros((1, size), jnp.int8),
     jnp.zeros((1, size), jnp.float32),
   )

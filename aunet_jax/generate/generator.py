@@ -1,4 +1,4 @@
-"""Text from a trained AU-Net: prompts in, completions out.
+"""Text from a trained model: prompts in, completions out.
 
   generator = Generator.from_workdir("runs/quickstart")
   for completion in generator.generate([b"def main"], max_bytes=200):
@@ -6,6 +6,11 @@
 
 Rows of a batch are independent: prompts may differ in length, and what a row
 draws depends on its seed, its sample number and the byte's index alone.
+
+A model of tokens reads the tokens of a prompt and draws tokens. Its completions
+are bytes all the same, and every number of a byte is there for these: what a
+token got stands at its first byte. A stop string or the last of `max_bytes` may
+be inside a token, so what ends a row is then looked for on the host.
 """
 
 import contextlib
@@ -22,8 +27,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
 from aunet_jax.aunet import network, sharding
-from aunet_jax.config import MOST_HEADS, ModelConfig
+from aunet_jax.config import BOS, EOS, MOST_HEADS, ModelConfig
 from aunet_jax.data.rows import Rows, make_rows
+from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.generate import decode, draft, prefill, sampling, utf8
 from aunet_jax.generate.decode import Output, State
 from aunet_jax.generate.sampling import Sampling, Top, whole_number
@@ -48,7 +54,9 @@ class Completion:
   """What one row generated.
 
   `reason` is "eos" (the document ended), "stop" (a stop string came; it is
-  not part of `data`), "length" (max_bytes) or "interrupted" (Ctrl-C).
+  not part of `data`), "length" (max_bytes or, of tokens, the model's positions)
+  or "interrupted" (Ctrl-C). Of a model of tokens, a token's nats are those of
+  its first byte, and its others have 0; all levels are 0.
   The lists of top log-probabilities give for each byte the most likely ones at
   its place, best first, EOS included; they are empty if not asked for.
   """
@@ -166,6 +174,7 @@ class Generator:
   Args:
     config: the model's. params: unboxed, as `aunet_jax.load` gives them.
     splitter: of the model's rules.
+    tokenizer: of a model of tokens; None = it reads bytes.
     mesh: where params live; None = one device.
     int8: keep matrices as int8 (see `quantize`).
   """
@@ -176,11 +185,13 @@ class Generator:
     params: dict,
     splitter,
     *,
+    tokenizer: Tokenizer | None = None,
     mesh: Mesh | None = None,
     int8: bool = False,
   ):
     self.config = config
     self.splitter = splitter
+    self.tokenizer = tokenizer
     self.mesh = mesh
     self._step = splitter.step  # one object: programs are found again by it
     with self._context():
@@ -198,22 +209,16 @@ class Generator:
     """The model of a workdir.
 
     Args: trust_rules: see `aunet_jax.load`.
-    Raises: CheckpointError where the workdir holds no model, ValueError where
-      that model reads tokens.
+    Raises: CheckpointError where the workdir holds no model.
     """
     from aunet_jax.workdir import load
 
     loaded = load.load(workdir, mesh, trust_rules)
-    if loaded.tokenizer is not None:
-      raise ValueError(
-        f"{workdir} holds a model of tokens, a baseline for bits per byte; "
-        f"only models of bytes can generate. Evaluate it with "
-        f"python -m aunet_jax.evaluate."
-      )
     return cls(
       loaded.config.model,
       loaded.params,
       loaded.splitter,
+      tokenizer=loaded.tokenizer,
       mesh=mesh,
       int8=int8,
     )
@@ -236,12 +241,24 @@ class Generator:
           f"bytes: use text.encode()."
         )
 
-  def _check_length(self, prompts, max_bytes, max_positions) -> None:
+  def units(self, text: bytes) -> bytes | np.ndarray:
+    """What the model reads of a text: its bytes, or ids of tokens."""
+    return text if self.tokenizer is None else self.tokenizer.encode(text)
+
+  def _limits(self, read, max_bytes, max_positions) -> list[int]:
+    """How many bytes, or tokens, may follow each prompt.
+
+    A token has a byte at least, so `max_bytes` tokens are enough. How many it
+    takes is not known before, so a text of tokens may also end where the
+    model's positions do.
+
+    Args: read: of every prompt, what the model reads.
+    """
     if max_bytes < 1:
       raise ValueError(f"max_bytes={max_bytes} must be at least 1.")
     if max_positions is not None and max_positions < 1:
       raise ValueError(f"max_positions={max_positions} must be at least 1.")
-    longest = max(len(prompt) for prompt in prompts) + 1
+    longest = max(map(len, read)) + 1
     if longest + max_bytes > MAX_POSITIONS:
       raise ValueError(
         f"max_bytes={max_bytes} is more than can be counted; at most "
@@ -249,18 +266,33 @@ class Generator:
       )
     limit = max_positions or self.config.position_limit
     if limit is None:
-      return
-    if longest > limit:
+      return [max_bytes] * len(read)
+    of_tokens = self.tokenizer is not None
+    if longest > limit - of_tokens:
+      unit = "tokens" if of_tokens else "bytes"
       raise ValueError(
-        f"a prompt of {longest - 1} bytes is longer than the {limit - 1} this "
-        f"model has positions for; shorten it, or set max_positions."
+        f"a prompt of {longest - 1} {unit} is longer than the "
+        f"{limit - 1 - of_tokens} this model has positions for; shorten it, or "
+        f"set max_positions."
       )
+    if of_tokens:
+      return [min(max_bytes, limit - 1 - len(ids)) for ids in read]
     if longest + max_bytes > limit:
       raise ValueError(
         f"a prompt of {longest - 1} bytes and max_bytes={max_bytes} need "
         f"{longest + max_bytes} positions; the model was trained on {limit}: "
         f"set max_bytes to at most {limit - longest}, or set max_positions."
       )
+    return [max_bytes] * len(read)
+
+  def _check_tokens(self, settings, num_top) -> None:
+    """Raises: ValueError for what is of bytes alone, of a model of tokens."""
+    given = {"utf8": settings.utf8, "top_logprobs": num_top}
+    for name in given:
+      if self.tokenizer is not None and given[name]:
+        raise ValueError(
+          f"{name} is of bytes, and this model writes tokens; leave it out."
+        )
 
   def _check_levels(self, levels) -> None:
     if levels not in ("rule", "head"):
@@ -274,6 +306,7 @@ class Generator:
 
   def _check_drafts(self, batch, levels) -> None:
     needed = {
+      "a model of bytes, not of tokens": self.tokenizer is None,
       f"a model trained with model.heads of 2 to {MOST_HEADS}, not 1": (
         self.config.heads > 1
       ),
@@ -287,19 +320,25 @@ class Generator:
 
   def _start(
     self,
-    prompts,
+    read,
     num_samples,
     seeds,
-    max_bytes,
+    limits,
     stop,
     settings,
     num_top,
     drafts,
   ):
-    """Prefills and gives (State, Rows, PromptScores), one row a sample."""
-    config = self.config
-    rows = make_rows(prompts, self.splitter, config.num_stages)
-    slots = prefill.cache_sizes(config, rows.capacities, max_bytes)
+    """Prefills and gives (State, Rows, PromptScores), one row a sample.
+
+    Args: read: of every prompt, what the model reads. limits: of each.
+    """
+    config, tokenizer = self.config, self.tokenizer
+    bos, eos = BOS, EOS
+    if tokenizer is not None:
+      bos, eos, stop = tokenizer.bos, tokenizer.eos, ()
+    rows = make_rows(read, self.splitter, config.num_stages, bos)
+    slots = prefill.cache_sizes(config, rows.capacities, max(limits))
     prefilled, logits_BLV = _prefill(
       self.params,
       self.weights,
@@ -317,18 +356,19 @@ class Generator:
         lambda x: jnp.repeat(x, num_samples, axis=0), prefilled
       )
     rows = Rows(*(np.repeat(x, num_samples, axis=0) for x in rows))
-    numbers = np.tile(np.arange(num_samples), len(prompts))
+    numbers = np.tile(np.arange(num_samples), len(read))
     choice = sampling.make_choice(
       settings,
-      [prompt for prompt in prompts for _ in range(num_samples)],
+      [units for units in read for _ in range(num_samples)],
       np.repeat(seeds, num_samples),
       numbers,
       stop,
-      max_bytes=max_bytes,
+      max_bytes=max(limits),
       num_top=num_top,
       recent=MAX_TURNS * (config.heads if drafts else 1),
+      eos=eos,
     )
-    limit_B = np.full((len(numbers),), max_bytes, np.int32)
+    limit_B = np.repeat(np.array(limits, np.int32), num_samples)
     if drafts:
       state = draft.start(prefilled, rows, limit_B, choice, config)
     else:
@@ -375,7 +415,8 @@ class Generator:
       levels: what gives generated bytes their levels: the splitting "rule" or
         the model's level "head" (trained with level_loss_weight > 0). The
         prompt's levels are the rule's either way.
-      max_positions: bytes a text may reach, over the model's own limit.
+      max_positions: positions (bytes or tokens) that a text may reach, over the
+        model's own limit.
       on_stats: called once with the work done.
       drafts: let the model's heads draft bytes and verify several at once, for
         one prompt and one sample. The text is that of plain decoding, but for
@@ -392,8 +433,10 @@ class Generator:
     if max_positions is not None:
       max_positions = whole_number("max_positions", max_positions)
     self._check_prompts(prompts)
-    self._check_length(prompts, max_bytes, max_positions)
+    self._check_tokens(settings, num_top)
     self._check_levels(levels)
+    read = [self.units(prompt) for prompt in prompts]
+    limits = self._limits(read, max_bytes, max_positions)
     stop = sampling.check_stops(stop)
     if not 1 <= num_samples <= MAX_ROWS // len(prompts):
       raise ValueError(
@@ -417,7 +460,7 @@ class Generator:
       )
     with self._context():
       state, rows, scores = self._start(
-        prompts, num_samples, seeds, max_bytes, stop, settings, num_top, drafts
+        read, num_samples, seeds, limits, stop, settings, num_top, drafts
       )
       state = (
         state
@@ -425,14 +468,20 @@ class Generator:
         else jax.device_put(state, state_shardings(state, self.mesh))
       )
       texts = [
-        RowText(stop, prompts[b // num_samples], settings.utf8)
+        RowText(
+          stop,
+          prompts[b // num_samples],
+          settings.utf8,
+          max_bytes,
+          self.tokenizer,
+        )
         for b in range(batch)
       ]
       show = _both(on_text, on_piece)
       counters = jax.device_get(counters_of(state))
       with contextlib.suppress(KeyboardInterrupt):
         for output, counters, top in self._loop(
-          state, plan, levels, show is not None, drafts
+          state, texts, plan, levels, show is not None, drafts
         ):
           hand_out(texts, output, counters.count_B, counters.done_B, top, show)
     if on_stats is not None:
@@ -441,19 +490,21 @@ class Generator:
     for b, text in enumerate(texts):
       text.end("interrupted")
       prompt = prompts[b // num_samples]
-      size = len(prompt)
+      ids = read[b // num_samples]
       completions.append(
         Completion(
           prompt=prompt,
           data=bytes(text.data),
           logprobs=np.array(text.logprobs, np.float32),
           levels=np.array(text.levels, np.int8),
-          prompt_logprobs=scores.logprob_BL[b, :size],
-          prompt_levels=rows.levels_BL[b, 1 : size + 1],
+          prompt_logprobs=self._of_bytes(ids, scores.logprob_BL[b, : len(ids)]),
+          prompt_levels=self._of_bytes(
+            ids, rows.levels_BL[b, 1 : len(ids) + 1]
+          ),
           reason=text.reason,
           top_logprobs=text.top_logprobs,
           prompt_top_logprobs=(
-            [most_likely(scores.top, b, t) for t in range(size)]
+            [most_likely(scores.top, b, t) for t in range(len(ids))]
             if scores.top
             else []
           ),
@@ -461,9 +512,20 @@ class Generator:
       )
     return completions
 
+  def _of_bytes(self, ids, number_N: np.ndarray) -> np.ndarray:
+    """A number for every byte of a prompt, from those of what was read."""
+    if self.tokenizer is None:
+      return number_N
+    sizes_N = self.tokenizer.num_bytes[ids]
+    of_bytes = np.zeros(sizes_N.sum(), number_N.dtype)
+    of_bytes[np.cumsum(sizes_N) - sizes_N] = number_N
+    return of_bytes
+
   def _loop(
-    self, state, plan, levels, streams, drafts
+    self, state, texts, plan, levels, streams, drafts
   ) -> Iterator[tuple[Output, "Counters", Top | None]]:
+    """Args: texts: of the rows; one that has a reason has ended."""
+    streams |= self.tokenizer is not None  # the host may end a row
     turns = jnp.int32(STREAM_TURNS if streams else MAX_TURNS)
     static = {
       "config": self.config,
@@ -484,8 +546,12 @@ class Generator:
         (output, counters_of(state), state.choice.memory.top)
       )
       yield output, counters, top
-      if counters.done_B.all():
+      done_B = np.array([text.reason is not None for text in texts])
+      if done_B.all():
         return
+      if (done_B != counters.done_B).any():
+        done_B = jax.device_put(done_B, state.done_B.sharding)
+        state = state._replace(done_B=done_B)
 
 
 def _seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:

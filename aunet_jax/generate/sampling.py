@@ -1,5 +1,8 @@
 """Choosing the next byte: temperature, cut-offs, repetition, stop strings.
 
+A model of tokens chooses tokens in the same way: where bytes are counted here,
+they are its tokens.
+
 Noise depends on (seed, sample, byte index) alone, so a row draws the same bytes
 whatever else is in the batch. All settings are traced values: changing them
 compiles nothing, but for switching a part on or off.
@@ -24,6 +27,7 @@ from aunet_jax.config import BOS, EOS
 from aunet_jax.generate import utf8
 
 HISTORY = 1024  # bytes in which repetition is looked for
+FEW = 512  # ids of a vocabulary that are faster compared than sorted
 MAX_STOPS = 64
 MAX_STOP_BYTES = 1024
 MAX_TOP = 20  # most likely bytes that are reported
@@ -105,6 +109,7 @@ class Sampling:
 class Settings(NamedTuple):
   """What is the same for every row."""
 
+  eos: jax.Array  # int32 scalar: the id that ends a document; BOS is before it
   temperature: jax.Array  # float32 scalars
   top_k: jax.Array  # int32 scalar
   top_p: jax.Array
@@ -171,7 +176,7 @@ def check_stops(stop: Sequence[bytes]) -> tuple[bytes, ...]:
 
 def make_choice(
   sampling: Sampling,
-  prompts: Sequence[bytes],
+  prompts: Sequence[bytes | np.ndarray],
   seeds: Sequence[int],
   samples: Sequence[int],
   stop: Sequence[bytes] = (),
@@ -179,12 +184,14 @@ def make_choice(
   max_bytes: int = 2**31 - 1,
   num_top: int = 0,
   recent: int = 1,
+  eos: int = EOS,
 ) -> Choice:
   """The carry for rows with these prompts.
 
-  Args: samples: numbers rows of equal prompts and seeds. max_bytes: bytes a
-    row may get, within which `utf8` finishes its last character. num_top: most
-    likely bytes to remember, for the `recent` newest places.
+  Args: prompts: bytes, or ids of tokens. samples: numbers rows of equal prompts
+    and seeds. max_bytes: bytes a row may get, within which `utf8` finishes its
+    last character. num_top: most likely bytes to remember, for the `recent`
+    newest places. eos: the largest id there is; BOS is the one before it.
   Raises: ValueError for a stop string that is none, a seed that is no unsigned
     32-bit int, or a character in the prompt that max_bytes cannot finish.
   """
@@ -200,6 +207,7 @@ def make_choice(
   )
   no_repeat = sampling.no_repeat
   settings = Settings(
+    eos=jnp.int32(eos),
     temperature=jnp.float32(sampling.temperature),
     # More than the vocabulary is all of it.
     top_k=jnp.int32(min(sampling.top_k or 2**30, 2**30)),
@@ -210,11 +218,11 @@ def make_choice(
     stop_used_QS=stop_used_QS,
   )
   memory = Memory(
-    history=None if no_repeat is None else _make_history(prompts),
+    history=None if no_repeat is None else _make_history(prompts, eos - 1),
     tail_BS=(
       None
       if stop_QS is None
-      else jnp.full((B, stop_QS.shape[1]), BOS, jnp.int32)
+      else jnp.full((B, stop_QS.shape[1]), eos - 1, jnp.int32)
     ),
     utf8_B=_make_utf8(prompts, max_bytes) if sampling.utf8 else None,
     top=(
@@ -229,8 +237,8 @@ def make_choice(
   return Choice(key_B, jnp.full((B,), max_bytes, jnp.int32), settings, memory)
 
 
-def _make_history(prompts) -> History:
-  byte_BH = np.full((len(prompts), HISTORY), BOS, np.int32)
+def _make_history(prompts, bos) -> History:
+  byte_BH = np.full((len(prompts), HISTORY), bos, np.int32)
   run_BH = np.zeros_like(byte_BH)
   for b, prompt in enumerate(prompts):
     # Only what the ring will still hold matters, and the runs it can show.
@@ -277,14 +285,22 @@ def _make_utf8(prompts, max_bytes) -> jax.Array:
 
 def _passes_cutoffs(logits_CV: jax.Array, settings: Settings) -> jax.Array:
   """bool (C, V): top-k, top-p and min-p, ties broken by byte value."""
-  # Every byte against every other: on these few it is faster than sorting.
   prob_CV = jax.nn.softmax(logits_CV, axis=-1)
   byte_V = jnp.arange(logits_CV.shape[1])
-  other_CU1, own_C1V = logits_CV[:, :, None], logits_CV[:, None]
-  first_1UV = (byte_V[:, None] < byte_V[None])[None]
-  ahead_CUV = (other_CU1 > own_C1V) | ((other_CU1 == own_C1V) & first_1UV)
-  rank_CV = ahead_CUV.sum(axis=1)
-  before_CV = jnp.where(ahead_CUV, prob_CV[:, :, None], 0.0).sum(axis=1)
+  if len(byte_V) <= FEW:
+    # Every byte against every other: on these few it is faster than sorting.
+    other_CU1, own_C1V = logits_CV[:, :, None], logits_CV[:, None]
+    first_1UV = (byte_V[:, None] < byte_V[None])[None]
+    ahead_CUV = (other_CU1 > own_C1V) | ((other_CU1 == own_C1V) & first_1UV)
+    rank_CV = ahead_CUV.sum(axis=1)
+    before_CV = jnp.where(ahead_CUV, prob_CV[:, :, None], 0.0).sum(axis=1)
+  else:
+    order_CV = jnp.argsort(logits_CV, axis=1, stable=True, descending=True)
+    rank_CV = jnp.argsort(order_CV, axis=1)
+    sorted_CV = jnp.take_along_axis(prob_CV, order_CV, axis=1)
+    before_CV = jnp.take_along_axis(
+      jnp.cumsum(sorted_CV, axis=1) - sorted_CV, rank_CV, axis=1
+    )
   keep_CV = (
     (rank_CV < settings.top_k)
     & (before_CV < settings.top_p)
@@ -408,7 +424,8 @@ def choose(
   memory = jax.tree.map(lambda x: cache.take(x, rows_C), choice.memory)
   logprob_CV = jax.nn.log_softmax(logits_CV, axis=-1)
   byte_V = jnp.arange(V)
-  open_CV = jnp.broadcast_to((byte_V < BOS) | (byte_V == EOS), (C, V))
+  open_V = (byte_V < settings.eos - 1) | (byte_V == settings.eos)
+  open_CV = jnp.broadcast_to(open_V, (C, V))
   if memory.history is not None:
     open_CV &= ~_repeats(memory.history, settings.no_repeat, V)
   valid_CV = None
@@ -427,7 +444,7 @@ def choose(
     count_C,
   )
   logprob_C = jnp.take_along_axis(logprob_CV, byte_C[:, None], axis=1)[:, 0]
-  stop_C = byte_C == EOS
+  stop_C = byte_C == settings.eos
   if memory.history is not None:
     memory = memory._replace(history=_remember(memory.history, byte_C))
   if memory.utf8_B is not None:

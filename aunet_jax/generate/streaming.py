@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aunet_jax.config import EOS
+from aunet_jax.data.tokenizer import Tokenizer
 from aunet_jax.generate import utf8
 from aunet_jax.generate.decode import Output
 from aunet_jax.generate.sampling import Top
@@ -26,19 +27,29 @@ OnText = Callable[[int, str], None]
 
 
 class RowText:
-  """Collects one row's bytes; says which text is safe to show."""
+  """Collects one row's bytes; says which text is safe to show.
+
+  Attributes:
+    data, logprobs, levels, top_logprobs: of every byte so far; a token's nats
+      are at its first byte, its others have 0.
+    reason: why the row has ended; None = it has not.
+  """
 
   def __init__(
     self,
     stop: Sequence[bytes] = (),
     prompt: bytes = b"",
     whole_characters: bool = False,
+    max_bytes: int | None = None,
+    tokenizer: Tokenizer | None = None,
   ):
     """Args: prompt: a character that it leaves open becomes part of the text.
-    whole_characters: whatever ends the row leaves no part of a character."""
+    whole_characters: whatever ends the row leaves no part of a character.
+    tokenizer: where tokens are added, not bytes."""
     # Of those that end at one byte the longest is cut off.
     self.stop = sorted(stop, key=len, reverse=True)
     self.whole_characters = whole_characters
+    self.max_bytes, self.tokenizer = max_bytes, tokenizer
     self.data = bytearray()
     self.logprobs: list[float] = []
     self.levels: list[int] = []
@@ -50,23 +61,32 @@ class RowText:
 
   def add(
     self,
-    byte: int,
+    unit: int,
     level: int,
     logprob: float,
     top: dict[int, float] | None = None,
   ) -> None:
-    if byte == EOS:
+    """Takes a byte or a token, up to where the row ends inside it."""
+    if self.tokenizer is None:
+      eos, data = EOS, bytes([unit]) if unit != EOS else b""
+    else:
+      eos, data = self.tokenizer.eos, self.tokenizer.decode([unit])
+    if unit == eos:
       self.reason = "eos"
-      return
-    self.data.append(byte)
-    self.levels.append(level)
-    self.logprobs.append(logprob)
-    if top is not None:
-      self.top_logprobs.append(top)
-    for text in self.stop:
-      if self.data.endswith(text):
-        self._keep(len(self.data) - len(text))
-        self.reason = "stop"
+    for byte in data:
+      self.data.append(byte)
+      self.levels.append(level)
+      self.logprobs.append(logprob)
+      logprob = 0.0
+      if top is not None:
+        self.top_logprobs.append(top)
+      for text in self.stop:
+        if self.data.endswith(text):
+          self._keep(len(self.data) - len(text))
+          self.reason = "stop"
+          return
+      if len(self.data) == self.max_bytes:
+        self.reason = "length"
         return
 
   def _keep(self, size: int) -> None:
@@ -139,7 +159,9 @@ def hand_out(
         float(output.logprob_BT[b, t]),
         most_likely(top, b, at % top.byte_BTK.shape[1]) if top else None,
       )
-    piece = text.show(bool(done_B[b]))
+      if text.reason is not None:  # tokens may come after the end of a row
+        break
+    piece = text.show(bool(done_B[b]) or text.reason is not None)
     if on_piece is not None and piece.text:
       on_piece(b, piece)
 

@@ -112,19 +112,18 @@ def print_sample(setup: Setup) -> None:
   if jax.process_count() > 1:  # one process cannot read a sharded model alone
     setup.log.say("sample: python -m aunet_jax.generate shows one.")
     return
-  if setup.config.data.tokenizer is not None:
-    setup.log.say("sample: none; only models of bytes can generate.")
-    return
   generator = Generator.from_workdir(setup.workdir, trust_rules=True)
   prompt = config.sample_prompt.encode(errors="surrogateescape")
   stop = ()
   if setup.config.has_roles:
     user = roles.turn_of("user", config.sample_prompt)
     prompt, stop = roles.encode_prompt([user]), [roles.END_TEXT]
-  room = setup.config.model.capacities[0] - len(prompt) - 1
+  size = config.sample_bytes
+  if generator.tokenizer is None:  # a text of tokens ends with the row
+    size = min(size, setup.config.model.capacities[0] - len(prompt) - 1)
   (completion,) = generator.generate(
     [prompt],
-    max_bytes=min(config.sample_bytes, room),
+    max_bytes=size,
     settings=Sampling(temperature=0.8, top_p=0.95),
     stop=stop,
   )

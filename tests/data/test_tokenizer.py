@@ -379,9 +379,15 @@ def test_tokens_are_for_one_stage(file):
     )
 
 
+def test_a_trained_model_of_tokens_writes(workdir, capsys):
+  flags = ["--prompt=the", "--max_bytes=12", "--seed=1"]
+  assert generate_main.main([f"--workdir={workdir}", *flags, "--json"]) == 0
+  row = json.loads(capsys.readouterr().out)
+  assert len(row["bytes"]) == len(row["logprobs"]) <= 12
+  assert row["reason"] in ("length", "eos")
+
+
 def test_what_only_bytes_can_do_says_so(workdir, tmp_path, capsys):
-  assert generate_main.main([f"--workdir={workdir}", "--prompt=the"]) == 2
-  assert "model of tokens" in capsys.readouterr().err
   target = f"--to-lingua={tmp_path / 'official.npz'}"
   assert convert_main.main([target, f"--workdir={workdir}"]) == 2
   assert "model of tokens" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from aunet_jax.aunet import network, sharding
 from aunet_jax.aunet.network import AUNet, abstract_params
-from aunet_jax.config import MeshConfig, ModelConfig, StageConfig
+from aunet_jax.config import BOS, EOS, MeshConfig, ModelConfig, StageConfig
 from aunet_jax.data.rows import make_rows
 from aunet_jax.generate import decode, generator, prefill, sampling
 from aunet_jax.splitting.splitter import Splitter
@@ -172,12 +172,17 @@ def decode_forced(
   return prompt_logits, state.choice[1], output, state
 
 
-def check(config, params, prompts, forced_BT, schedule, capacities=None):
-  """Compares with the parallel pass over each prompt and what follows it."""
+def check(
+  config, params, prompts, forced_BT, schedule, capacities=None, bos=BOS
+):
+  """Compares with the parallel pass over each prompt and what follows it.
+
+  Args: prompts: bytes, or ids of tokens.
+  """
   splitter = make_splitter(config.rules)
   N, B, T = config.num_stages, len(prompts), forced_BT.shape[1]
   plan = decode.make_schedule(schedule, B, config)
-  rows = make_rows(prompts, splitter, N)
+  rows = make_rows(prompts, splitter, N, bos)
   prompt_logits, logits, output, state = decode_forced(
     params,
     rows,
@@ -189,9 +194,11 @@ def check(config, params, prompts, forced_BT, schedule, capacities=None):
   )
   texts = [
     prompt + bytes(forced_BT[b].astype(np.uint8))
+    if isinstance(prompt, bytes)
+    else np.concatenate([prompt, forced_BT[b]])
     for b, prompt in enumerate(prompts)
   ]
-  whole = make_rows(texts, splitter, N)
+  whole = make_rows(texts, splitter, N, bos)
   L = whole.bytes_BL.shape[1]
   expected = apply(
     params,
@@ -260,6 +267,18 @@ def test_decoding_equals_the_forward_pass(num_stages, changes, schedule):
     if schedule == "pack":
       slots = int(state.calls_P[deepest]) * plan.block
       assert slots <= 1.25 * boundaries
+
+
+def test_tokens_decode_as_the_forward_pass():
+  # Ids past those of bytes, and past int16; BOS and EOS of bytes are tokens.
+  config, params = make_model(
+    1, vocab_size=40_000, ngram_rows=64, ngram_longest=3
+  )
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 39_998, size) for size in (9, 0, 4)]
+  forced_BT = rng.integers(0, 39_998, (3, 14)).astype(np.int32)
+  forced_BT[:, :3] = [BOS, EOS, 39_997]
+  check(config, params, prompts, forced_BT, "any", bos=39_998)
 
 
 def test_a_call_runs_as_many_turns_as_it_is_given():

@@ -12,6 +12,7 @@ from aunet_jax.generate import utf8
 from aunet_jax.generate.generator import Generator
 from aunet_jax.generate.sampling import Sampling
 from aunet_jax.splitting.splitter import Splitter
+from tests import toy_tokens
 from tests.toy_generator import generator, make_config, make_params
 
 # ----- rows are independent -------------------------------------------------
@@ -227,6 +228,94 @@ def test_numbers_of_numpy_are_numbers():
       [b"x"], max_bytes=9, seed=seed, num_samples=np.int64(1)
     )
     assert row.data == plain[0].data
+
+
+# ----- models of tokens -----------------------------------------------------
+
+OF_TOKENS = [b"the cat", b"", "ät".encode() + b"\xff", b"that mat, the cat sat"]
+
+
+def test_greedy_tokens_are_those_of_the_forward_pass():
+  writer, tokenizer = toy_tokens.generator(), toy_tokens.tokenizer()
+  rows = writer.generate(
+    OF_TOKENS, max_bytes=40, settings=Sampling(temperature=0)
+  )
+  L = toy_tokens.LENGTH
+  apply = jax.jit(network.AUNet(writer.config).apply)
+  for prompt, row in zip(OF_TOKENS, rows, strict=True):
+    ids = tokenizer.encode(prompt).tolist()
+    start, data, nats = len(ids), b"", []
+    while len(data) < 40 and len(ids) < L - 1:
+      padded = np.array([[tokenizer.bos, *ids] + [0] * (L - 1 - len(ids))])
+      levels, real = np.zeros((2, 1, L), np.int32)
+      real[:, : len(ids) + 1] = 1
+      logits = apply({"params": writer.params}, padded, levels, real)
+      logprobs = np.array(jax.nn.log_softmax(logits[0, len(ids)]))
+      best = int(np.delete(logprobs, tokenizer.bos).argmax())
+      best += best >= tokenizer.bos
+      if best == tokenizer.eos:
+        break
+      ids.append(best)
+      nats.append(logprobs[best])
+      data = tokenizer.decode(ids[start:])
+    assert row.data == data[:40] and len(row.logprobs) == len(row.data)
+    np.testing.assert_allclose(row.logprobs[row.logprobs < 0], nats, rtol=1e-4)
+    assert len(nats) < len(row.data)  # tokens of several bytes are among them
+  scores = score.score(
+    writer.config, writer.params, writer.splitter,
+    [(b"", prompt) for prompt in OF_TOKENS], tokenizer=tokenizer,
+  )  # fmt: skip
+  for row, one in zip(rows, scores, strict=True):
+    assert len(row.prompt_logprobs) == len(row.prompt) == len(row.prompt_levels)
+    assert one.nats == pytest.approx(row.prompt_logprobs.sum(), abs=1e-4)
+
+
+def test_tokens_of_a_row_do_not_depend_on_its_batch():
+  writer, hot = toy_tokens.generator(), Sampling(temperature=1.5, top_p=0.9)
+  together = writer.generate(
+    OF_TOKENS, max_bytes=24, seed=[5, 6, 7, 8], settings=hot
+  )
+  assert len({row.data for row in together}) == 4
+  for seed, row in zip([5, 6, 7, 8], together, strict=True):
+    pieces = []
+    (alone,) = writer.generate(
+      [row.prompt], max_bytes=24, seed=seed, settings=hot,
+      on_text=lambda _, text, pieces=pieces: pieces.append(text),
+    )  # fmt: skip
+    assert alone.data == row.data and alone.reason == row.reason
+    np.testing.assert_allclose(alone.logprobs, row.logprobs, atol=1e-4)
+    # An open character of the prompt is the text's; "\xff" is none.
+    assert "".join(pieces) == row.data.decode(errors="replace")
+
+
+def test_a_text_of_tokens_ends_inside_one_where_it_has_to():
+  writer = toy_tokens.generator()
+  (whole,) = writer.generate([b"the"], max_bytes=60, seed=3)
+  inside = np.flatnonzero((whole.logprobs == 0) & (np.arange(60) > 4))[0]
+  (cut,) = writer.generate([b"the"], max_bytes=inside + 1, seed=3)
+  assert cut.data == whole.data[: inside + 1] and cut.reason == "length"
+  stop = whole.data[inside - 1 : inside + 1]  # its end is inside a token
+  (stopped,) = writer.generate([b"the"], max_bytes=60, seed=3, stop=[stop])
+  assert stopped.data == whole.data[: whole.data.index(stop)]
+  assert stopped.reason == "stop"
+
+
+def test_what_tokens_cannot_do_is_refused():
+  writer = toy_tokens.generator()
+  for change, message in (
+    (dict(settings=Sampling(utf8=True)), "utf8 is of bytes"),
+    (dict(top_logprobs=2), "top_logprobs is of bytes"),
+    (dict(drafts=True), "drafts need a model of bytes"),
+    (dict(levels="head"), "level_loss_weight=0"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      writer.generate([b"the"], max_bytes=4, **change)
+  with pytest.raises(ValueError, match="40 tokens is longer than the 30"):
+    writer.generate([b"z" * 40], max_bytes=4)
+  (row,) = writer.generate([b"z" * 30], max_bytes=400)
+  assert row.reason in ("length", "eos") and len(row.data) < 8  # one token
+  (row,) = writer.generate([b"z" * 40], max_bytes=4, max_positions=64)
+  assert len(row.data) == 4 or row.reason == "eos"
 
 
 # ----- requests that cannot be met ------------------------------------------

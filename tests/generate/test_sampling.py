@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,27 @@ def test_bos_is_never_drawn():
   assert counts[BOS] == 0
   counts, _ = draw(logits, Sampling(temperature=0), num=1)
   assert counts[BOS] == 0
+
+
+@given(seed=st.integers(0, 2**16), ties=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_many_ids_are_cut_off_as_few_are(seed, ties):
+  rng = np.random.default_rng(seed)
+  logits = rng.normal(size=(3, 40)).astype(np.float32)
+  if ties:
+    logits = np.round(logits)
+  logits[:, rng.integers(0, 40, 5)] = -np.inf
+  chosen = sampling.make_choice(
+    Sampling(
+      top_k=int(rng.integers(1, 45)), top_p=rng.uniform(0.1, 1),
+      min_p=rng.uniform(0, 0.2),
+    ),
+    [b""], [0], [0],
+  ).settings  # fmt: skip
+  compared = sampling._passes_cutoffs(logits, chosen)
+  with mock.patch.object(sampling, "FEW", 0):
+    ranked = sampling._passes_cutoffs(logits, chosen)
+  np.testing.assert_array_equal(compared, ranked)
 
 
 @pytest.mark.parametrize("length", [2, 3, 5])

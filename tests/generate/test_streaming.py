@@ -1,10 +1,13 @@
 """Text on its way to a reader: complete characters, nothing past a stop."""
 
+import functools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aunet_jax.config import EOS
+from aunet_jax.data import tokenizer as tokenizer_lib
 from aunet_jax.generate import utf8
 from aunet_jax.generate.decode import Output
 from aunet_jax.generate.sampling import Top
@@ -99,6 +102,45 @@ def test_a_stop_string_in_the_prompts_last_character_leaves_nothing():
   pieces, last = feed(row, "😀".encode()[1:], {1, 2})
   assert not row.data and row.reason == "stop"
   assert [piece.text for piece in [*pieces, last]] == ["", "", "\ufffd"]
+
+
+@functools.cache
+def tokens(folder) -> tokenizer_lib.Tokenizer:
+  """Of whole words, and of pieces of characters."""
+  text = "ab|ab|é中中😀 aé中 ab😀 中a b😀é |é| 😀中".encode()
+  path = folder / "tokenizer.json"
+  path.write_text(tokenizer_lib.train([text * 9], 268))
+  return tokenizer_lib.Tokenizer(path)
+
+
+@given(
+  prompt=TEXT,
+  numbers=st.lists(st.integers(0, 267) | st.integers(256, 267), max_size=8),
+  stop=STOP,
+  cuts=CUTS,
+  most=st.integers(1, 12),
+)
+def test_tokens_are_shown_as_their_bytes_would_be(
+  tmp_path_factory, prompt, numbers, stop, cuts, most
+):
+  tokenizer = tokens(tmp_path_factory.getbasetemp())
+  row = RowText(stop, prompt, max_bytes=most, tokenizer=tokenizer)
+  pieces = []
+  for n, number in enumerate(numbers):
+    if n in cuts:
+      pieces.append(row.show(done=False))
+    if row.reason is None:
+      row.add(number, 0, -1.0)
+  pieces.append(row.show(done=True))
+  data = tokenizer.decode(numbers)
+  of_bytes = RowText(stop, prompt)
+  _, last = feed(of_bytes, data[:most], set())
+  assert (row.data, row.reason) == (of_bytes.data, of_bytes.reason)
+  assert "".join(piece.text for piece in pieces) == last.text
+  # Every token counts once, at its first byte.
+  starts = np.cumsum([0, *tokenizer.num_bytes[numbers]])[:-1]
+  expected = np.isin(np.arange(len(row.data)), starts)
+  np.testing.assert_array_equal(row.logprobs, -1.0 * expected)
 
 
 def test_the_longest_of_two_stop_strings_is_cut_off():
