@@ -30,7 +30,10 @@ def questions(
 ) -> list[tuple[bytes, bytes]]:
   """(prompt, expected answer) of every conversation."""
   reader = conversations.make_reader(
-    loaded.config.data, loaded.splitter, loaded.model.config.capacities
+    loaded.config.data,
+    loaded.splitter,
+    loaded.model.config.capacities,
+    loaded.tokenizer,
   )
   skips = reading.SkipLog(reading.log_to_stderr)
   files, missing = sources.list_sources(paths)
@@ -116,6 +119,7 @@ def _ranked(loaded, asked, labels: list[str], batch_size: int) -> list[bytes]:
     loaded.splitter,
     [(prompt, text + roles.END_TEXT) for prompt, _ in asked for text in texts],
     batch_size=batch_size,
+    tokenizer=loaded.tokenizer,
   )
   answers = []
   for n in range(len(asked)):
@@ -126,8 +130,15 @@ def _ranked(loaded, asked, labels: list[str], batch_size: int) -> list[bytes]:
 
 
 def _written(loaded, asked, max_bytes: int, batch_size: int) -> list[bytes]:
-  generator = Generator(loaded.model.config, loaded.params, loaded.splitter)
+  generator = Generator(
+    loaded.model.config,
+    loaded.params,
+    loaded.splitter,
+    tokenizer=loaded.tokenizer,
+  )
   limit = generator.config.position_limit
+  if loaded.tokenizer is not None:  # a text of tokens ends with the positions
+    limit = None
   answers: dict[int, bytes] = {}
   order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))
   for first in range(0, len(order), batch_size):

@@ -128,15 +128,19 @@ def default(
 def around_model(path: str) -> ml_collections.ConfigDict:
   """A full ConfigDict with every default but the model of another config.
 
+  With its tokenizer, where that model reads tokens.
+
   Args: path: a config file, or the config.json of a run.
   Raises: ValueError where it is none, or names code as a splitting rule.
   """
   values = _read_file(path, trusted=False)
-  model = _build(Config, values, f"--config={path}").model
+  built = _build(Config, values, f"--config={path}")
+  model = built.model
   config = default([stage(**dataclasses.asdict(s)) for s in model.stages])
   for field in dataclasses.fields(model):
     if field.name != "stages":
       config.model[field.name] = getattr(model, field.name)
+  config.data.tokenizer = built.data.tokenizer
   return config
 
 

@@ -347,12 +347,11 @@ class DataConfig:
       )
     _check_choice("data.format", self.format, FORMATS)
     if self.format != "text":
-      for name in ("separator", "tokenizer"):
-        if getattr(self, name) is not None:
-          raise ValueError(
-            f"data.{name}={getattr(self, name)!r} is for data.format='text', "
-            f"not {self.format!r}; leave it out."
-          )
+      if self.separator is not None:
+        raise ValueError(
+          f"data.separator={self.separator!r} is for data.format='text', not "
+          f"{self.format!r}; leave it out."
+        )
       if self.train == "python":
         raise ValueError(
           f"data.format={self.format!r} needs data.train: the path of JSON "

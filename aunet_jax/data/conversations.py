@@ -13,6 +13,7 @@ from typing import Any
 from aunet_jax.config import DataConfig
 from aunet_jax.data import packing, roles
 from aunet_jax.data.records import Document, Skip
+from aunet_jax.data.tokenizer import Tokenizer
 
 
 class _WrongError(ValueError):
@@ -32,6 +33,7 @@ class Reader:
   completion: str
   splitter: Any
   capacities: tuple[int, ...]
+  tokenizer: Tokenizer | None = None  # None: rows are of bytes
 
   @property
   def field(self) -> str:
@@ -60,6 +62,8 @@ class Reader:
 
   def _fits(self, turns: Sequence[roles.Turn]) -> bool:
     text = roles.encode(turns)
+    if self.tokenizer is not None:  # of one stage
+      return len(self.tokenizer.encode(text)) < self.capacities[0]
     if len(text) >= self.capacities[0]:
       return False
     slots_S = packing.slots(text, self.splitter, len(self.capacities))
@@ -112,7 +116,10 @@ def _field(record: Any, name: str) -> Any:
 
 
 def make_reader(
-  config: DataConfig, splitter, capacities: Sequence[int]
+  config: DataConfig,
+  splitter,
+  capacities: Sequence[int],
+  tokenizer: Tokenizer | None = None,
 ) -> Reader | None:
   """The reader of a config; None where its records are plain text."""
   if config.format == "text":
@@ -123,4 +130,5 @@ def make_reader(
     config.completion_field,
     splitter,
     tuple(capacities),
+    tokenizer,
   )

@@ -172,16 +172,17 @@ def recipes_of(
 ) -> Recipes:
   packing.check_capacities(capacities, splitter)
   groups, weights = _mixture(cfg.train)
+  tokenizer = None if cfg.tokenizer is None else Tokenizer(cfg.tokenizer)
   recipe = indexes.Recipe(
     paths=(),
     splitter=splitter,
     capacities=tuple(capacities),
-    tokenizer=None if cfg.tokenizer is None else Tokenizer(cfg.tokenizer),
+    tokenizer=tokenizer,
     text_field=cfg.text_field,
     separator=cfg.separator,
     max_skip_fraction=cfg.max_skip_fraction,
     heldout_fraction=cfg.heldout_fraction if cfg.heldout is None else 0.0,
-    turns=conversations.make_reader(cfg, splitter, capacities),
+    turns=conversations.make_reader(cfg, splitter, capacities, tokenizer),
     keep_documents=cfg.format != "text",  # what is learned is told by a whole
   )
   train = [dataclasses.replace(recipe, paths=_frozen(g)) for g in groups]

@@ -20,7 +20,7 @@ from aunet_jax.data import blocks, store
 _SUMS = ("num_rows", "num_pieces", "num_documents", "num_bytes", "num_cuts")
 _SAME = (
   "format", "splitter_hash", "capacities", "keep_documents", "state_size",
-  "tokenizer_hash", "bos", "eos", "token_dtype",
+  "tokenizer_hash", "bos", "eos", "token_dtype", "marks",
 )  # fmt: skip
 _FILES_OF_STORE = 9  # that it may have open
 

@@ -311,6 +311,7 @@ def fill_row(
   length: int,
   bos: int = config.BOS,
   eos: int = config.EOS,
+  marks: np.ndarray = roles.ALL,
 ) -> dict[str, np.ndarray]:
   """The arrays of one row.
 
@@ -320,7 +321,8 @@ def fill_row(
       `stop`, less what lies past the document's end, as uint8; or the tokens.
     splitter: the one the row was packed with.
     length: positions of the row, L.
-    bos, eos: the largest ids there are; a tokenizer has its own.
+    bos, eos, marks: the largest ids there are, and those of `roles.ALL`; a
+      tokenizer has its own.
   Returns: integer arrays (L,), of types as small as the values allow; see
     `widen`. Padding is 0 in all of them.
   """
@@ -352,7 +354,7 @@ def fill_row(
       row["levels"][at + 1 : end], _ = splitter.scan(inside, piece.state)
     row["documents"][at:end] = number
     if splitter.has_roles:  # pieces are whole documents
-      row["weights"][at:end] = roles.in_answers(row["bytes"][at:end])
+      row["weights"][at:end] = roles.in_answers(row["bytes"][at:end], marks)
     at = end
   if splitter.has_roles:
     is_text_L = row["targets"] < config.FIRST_MARK

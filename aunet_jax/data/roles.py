@@ -8,6 +8,10 @@ the assistant, who says with it that the turn is over:
 UTF-8 has no bytes F8 to FF, so no text of a user can make a mark: `encode_text`
 is the only way from text to bytes. The splitter of a model of conversations
 makes every mark a boundary of all stages.
+
+To a model of tokens a mark is the token of its byte. A tokenizer encodes valid
+text apart from bytes that are none (`tokenizer.Tokenizer.encode`), so a mark is
+one token, no text has it, and tokens never reach over it.
 """
 
 import itertools
@@ -25,6 +29,7 @@ MARKS = {
 }
 END = FIRST_MARK + 3
 END_TEXT = bytes([END])  # what generation stops at
+ALL = np.array([*MARKS.values(), END], np.int32)  # the marks
 
 
 class Turn(NamedTuple):
@@ -94,17 +99,19 @@ def decode(document: bytes) -> list[Turn]:
   return turns
 
 
-def in_answers(ids_L: np.ndarray) -> np.ndarray:
+def in_answers(ids_L: np.ndarray, marks: np.ndarray = ALL) -> np.ndarray:
   """Which targets of a document are learned: of a piece that reads `ids_L`.
 
   Those after the assistant's mark, END the last of them.
 
-  Args: ids_L: what every position reads, BOS first.
+  Args: ids_L: what every position reads, BOS first. marks: ids of `ALL`, of
+    tokens `Tokenizer.marks`.
   Returns: bool (L,).
   """
-  is_mark_L = (ids_L >= FIRST_MARK) & (ids_L < 256)
+  is_mark_L = np.isin(ids_L, marks)
   last_L = np.maximum.accumulate(np.where(is_mark_L, np.arange(len(ids_L)), 0))
-  return ids_L[last_L] == MARKS["assistant"]
+  _, _, assistant, _ = marks
+  return ids_L[last_L] == assistant
 
 
 def shorten(

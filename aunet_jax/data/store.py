@@ -26,7 +26,7 @@ import numpy as np
 
 from aunet_jax import files
 from aunet_jax.config import BOS, EOS
-from aunet_jax.data import blocks, packing
+from aunet_jax.data import blocks, packing, roles
 
 FORMAT = 3  # raise it when what the files hold, or the packing, changes
 _UNCHECKED_FORMAT = 2  # had no checksums; a run that began with one goes on
@@ -153,6 +153,7 @@ class StoreWriter:
         "bos": self._tokenizer.bos,
         "eos": self._tokenizer.eos,
         "token_dtype": self._tokenizer.dtype.str,
+        "marks": self._tokenizer.marks.tolist(),
         "num_tokens": self._num_tokens,
       }
     sums = [file.finish() for file in self._files.values()]
@@ -366,14 +367,20 @@ class Store:
     bos, eos = self.summary.get("bos", BOS), self.summary.get("eos", EOS)
     if self._reads_tokens and any((text >= bos).any() for text in units):
       raise damaged(self._index, DamagedError("a token has no text"))
+    marks = np.array(self.summary.get("marks", roles.ALL))
     try:
-      row = packing.fill_row(pieces, units, self._splitter, length, bos, eos)
+      row = packing.fill_row(
+        pieces, units, self._splitter, length, bos, eos, marks
+      )
     except ValueError as error:  # of the splitter: a state there cannot be
       raise damaged(self._index, error) from error
     if not self._reads_tokens:
       return row
     sizes = self._token_bytes[row["targets"]]
-    row["target_bytes"] = np.where(row["documents"] > 0, sizes, 0)
+    counted = row.get("weights", row["documents"]) > 0
+    if self._splitter.has_roles:  # END is no text
+      counted &= row["targets"] != marks[-1]
+    row["target_bytes"] = np.where(counted, sizes, 0)
     return row
 
   def documents(self) -> Iterator[tuple[str, bytes]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aunet_jax.data import roles
 from aunet_jax.splitting.vocabulary import byte_level_alphabet
 
 # What Python's "surrogateescape" makes of bytes that are no UTF-8.
@@ -39,6 +40,7 @@ class Tokenizer:
     size: number of ids, the tokenizer's special ones included.
     bos, eos: `size` and `size` + 1. vocab_size: `size` + 2, what a model needs.
     num_bytes: int32 (vocab_size,), text bytes of every id; 0 for BOS and EOS.
+    marks: int32, the tokens of the bytes that mark roles, as `roles.ALL`.
     hash: of the file's content.
 
   Raises: ValueError where the file is missing, or not byte-level BPE, or the
@@ -86,6 +88,7 @@ class Tokenizer:
         f"python -m aunet_jax.tokenizer makes."
       )
     self._of_byte = of_byte
+    self.marks = np.array([of_byte[mark] for mark in roles.ALL], np.int32)
     self.bos, self.eos = self.size, self.size + 1
     self.vocab_size = self.size + 2
     lengths = [*map(len, self._tokens), 0, 0]

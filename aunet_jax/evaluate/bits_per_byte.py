@@ -132,6 +132,7 @@ class Units(NamedTuple):
   """What a model reads: bytes, or tokens."""
 
   ids: tuple[int, int]  # of BOS and EOS
+  marks: np.ndarray  # int32: of `roles.ALL`
   sizes: np.ndarray  # int32: text bytes of every id; 0 of BOS and EOS
   read: Callable[[bytes], np.ndarray]  # the ids of a text
 
@@ -140,10 +141,12 @@ def units_of(loaded: load.Loaded) -> Units:
   tokenizer = loaded.tokenizer
   if tokenizer is not None:
     ids = tokenizer.bos, tokenizer.eos
-    return Units(ids, tokenizer.num_bytes, tokenizer.encode)
+    return Units(ids, tokenizer.marks, tokenizer.num_bytes, tokenizer.encode)
   sizes = np.ones(loaded.model.config.vocab_size, np.int32)
   sizes[[BOS, EOS]] = 0
-  return Units((BOS, EOS), sizes, lambda text: np.frombuffer(text, np.uint8))
+  return Units(
+    (BOS, EOS), roles.ALL, sizes, lambda text: np.frombuffer(text, np.uint8)
+  )
 
 
 def score_windows(
@@ -153,13 +156,14 @@ def score_windows(
   mesh: Mesh,
   batch_size: int,
   unit_bytes: np.ndarray,
-  answers: bool = False,
+  marks: np.ndarray | None = None,
 ) -> Iterator[tuple[int, Sums]]:
   """(document, sums) of every window, in order.
 
   Args:
     unit_bytes: text bytes of every id; 0 of what ends a document or an answer.
-    answers: documents are conversations, of which answers alone count.
+    marks: of roles, where documents are conversations, of which answers alone
+      count.
   """
 
   def nats_of(params, batch):
@@ -182,8 +186,8 @@ def score_windows(
         new = window.scored - window.start
         nats_N = nats_L[at + new : at + window.size]
         bytes_N = unit_bytes[window.targets[new:]]
-        if answers:
-          learned_N = roles.in_answers(window.inputs)[new:]
+        if marks is not None:
+          learned_N = roles.in_answers(window.inputs, marks)[new:]
           nats_N, bytes_N = nats_N[learned_N], bytes_N[learned_N]
         yield (
           window.document,
@@ -244,7 +248,7 @@ def evaluate_workdir(
         f"{workdir} was not (docs/finetuning.md); leave it out."
       )
     turns = conversations.make_reader(
-      loaded.config.data, loaded.splitter, capacities
+      loaded.config.data, loaded.splitter, capacities, tokenizer
     )
     compressor_bytes = 0
   elif loaded.splitter.has_roles:
@@ -262,7 +266,9 @@ def evaluate_workdir(
   began = time.perf_counter()
   units = units_of(loaded)
   if answers:
-    units.sizes[roles.END] = 0
+    sizes = units.sizes.copy()
+    sizes[units.marks[-1]] = 0  # END is no text
+    units = units._replace(sizes=sizes)
   with tempfile.TemporaryDirectory() as cache:
     corpus = corpora.open_text(
       paths,
@@ -288,7 +294,7 @@ def evaluate_workdir(
     total, cuts = Sums(), 0
     scored = score_windows(
       model, params, windows.rows(all_windows(), capacities), mesh, batch_size,
-      units.sizes, answers,
+      units.sizes, units.marks if answers else None,
     )  # fmt: skip
     for number, parts in itertools.groupby(scored, key=lambda pair: pair[0]):
       document = Sums()

@@ -32,6 +32,9 @@ def prompt_of(
 ) -> bytes:
   """What the model reads before it writes at most `max_bytes` of an answer.
 
+  How many tokens an answer takes is not known: of a model of tokens, there is
+  room for `max_bytes` of them or half the positions, whichever is less.
+
   Raises: ValueError where roles are out of order, `max_bytes` leaves no room,
     or the model knows no roles.
   """
@@ -39,8 +42,14 @@ def prompt_of(
   roles.check_order(turns, last="user")
   limit = max_positions or generator.config.position_limit
 
+  room = max_bytes
+  if limit is not None and generator.tokenizer is not None:
+    room = min(room, limit // 2)
+
   def fits(turns):
-    return limit is None or len(roles.encode(turns)) + 2 + max_bytes <= limit
+    if limit is None:
+      return True
+    return len(generator.units(roles.encode(turns))) + 2 + room <= limit
 
   shorter = roles.shorten(turns, fits)
   if shorter is None:

@@ -9,6 +9,7 @@ from aunet_jax.config import DataConfig
 from aunet_jax.data import conversations, corpora, loader, roles
 from aunet_jax.data.records import Document, Skip
 from aunet_jax.splitting.splitter import Splitter
+from tests import toy_tokens
 
 SPLITTER = Splitter(["word@1"], has_roles=True)
 CAPACITIES = (64, 24)
@@ -117,6 +118,23 @@ def test_many_words_are_cut_for_the_deeper_stage():
   found = reader().document(record, "x", 1)
   assert len(found.text) < 50 and found.cut_bytes
   assert (SPLITTER.levels(found.text) > 0).sum() + 1 <= CAPACITIES[1]
+
+
+def test_tokens_fill_a_row_and_what_is_cut_is_counted():
+  tokenizer = toy_tokens.tokenizer()
+  cfg = DataConfig(train="x", format="completion", tokenizer=tokenizer.path)
+  of_tokens = conversations.make_reader(
+    cfg, Splitter((), has_roles=True), (16,), tokenizer
+  )
+  record = {"prompt": "é the cat" * 20, "completion": "sat on the mat"}
+  document = of_tokens.document(record, "here", 9)
+  whole = b"\xf9" + record["prompt"].encode() + b"\xfasat on the mat\xfb"
+  assert document.cut_bytes == len(whole) - len(document.text) > 0
+  assert whole.endswith(document.text[1:]) and document.text[:1] == b"\xf9"
+  assert len(tokenizer.encode(document.text)) == 15  # and BOS
+  document.text[1:-1].replace(b"\xfa", b"").decode()
+  long = of_tokens.document(record | {"completion": "z" * 14}, "here", 9)
+  assert long.reason == "answer longer than a row"
 
 
 def write(path, records) -> str:

@@ -9,6 +9,7 @@ from aunet_jax.config import BOS, EOS
 from aunet_jax.data import roles
 from aunet_jax.data.roles import Turn
 from aunet_jax.splitting.splitter import Splitter
+from tests import toy_tokens
 
 # All code points, surrogates too: what a JSON string can hold.
 ANY_TEXT = st.text(st.characters(codec=None), max_size=12)
@@ -59,6 +60,38 @@ def test_what_is_learned_is_the_assistant_and_its_end(turns):
   mask = roles.in_answers(ids)
   np.testing.assert_array_equal(mask, expected)
   assert EOS not in targets[mask]
+
+
+@hypothesis.given(text=ANY_TEXT | st.text("the cat ÷øùúû", max_size=9))
+def test_no_text_makes_the_token_of_a_mark(text):
+  tokenizer = toy_tokens.tokenizer()
+  assert tokenizer.decode(tokenizer.marks) == bytes(roles.ALL.tolist())
+  ids = tokenizer.encode(roles.encode_text(text))
+  assert not np.isin(ids, tokenizer.marks).any()
+
+
+@hypothesis.given(
+  turns=st.lists(
+    st.tuples(
+      st.sampled_from(sorted(roles.MARKS)),
+      ANY_TEXT | st.text("the cat", max_size=9),
+    ),
+    max_size=5,
+  ).map(lambda said: [roles.turn_of(*one) for one in said])
+)
+def test_tokens_of_the_same_bytes_are_learned(turns):
+  tokenizer = toy_tokens.tokenizer()
+  text = roles.encode(turns)
+  ids = tokenizer.encode(text)
+  marks = np.isin(ids, tokenizer.marks)
+  assert marks.sum() == len(turns) + sum(t.role == "assistant" for t in turns)
+  assert (tokenizer.num_bytes[ids[marks]] == 1).all()
+  of_tokens = roles.in_answers(
+    np.concatenate([[tokenizer.bos], ids]), tokenizer.marks
+  )
+  of_bytes = roles.in_answers(np.array([BOS, *text]))
+  sizes = np.append(tokenizer.num_bytes[ids], 1)  # EOS
+  np.testing.assert_array_equal(np.repeat(of_tokens, sizes), of_bytes)
 
 
 @pytest.mark.parametrize(

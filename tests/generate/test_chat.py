@@ -7,6 +7,7 @@ from aunet_jax.data import roles
 from aunet_jax.generate import chat
 from aunet_jax.generate.generator import Completion, Generator
 from aunet_jax.splitting.splitter import Splitter
+from tests import toy_tokens
 from tests.toy_generator import generator, make_config, make_params, talker
 
 
@@ -38,6 +39,15 @@ def test_a_conversation_past_the_positions_forgets_its_start():
   with pytest.raises(ValueError, match="set it to at most 125"):
     chat.prompt_of(limited, turns("x"), 126)
   chat.prompt_of(limited, turns("x"), 125)
+
+
+def test_positions_of_a_model_of_tokens_are_counted_in_tokens():
+  talker = toy_tokens.generator(has_roles=True)  # 32 positions
+  prompt = chat.prompt_of(talker, turns("the cat" * 30), 400)
+  assert len(talker.units(prompt)) == 15  # and BOS: half of them
+  assert len(prompt) > 30
+  (one,) = talker.generate([prompt], max_bytes=400, stop=chat.STOPS)
+  assert one.reason in ("stop", "eos", "length")
 
 
 def test_an_answer_that_goes_on_holds_no_mark():

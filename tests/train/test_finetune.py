@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aunet_jax import answers, terminal
 from aunet_jax import config as config_lib
-from aunet_jax import terminal
 from aunet_jax.aunet import network, sharding
 from aunet_jax.aunet.network import AUNet
-from aunet_jax.data import packing, roles
-from aunet_jax.evaluate import score
+from aunet_jax.data import corpora, packing, roles
+from aunet_jax.data import tokenizer as tokenizer_lib
+from aunet_jax.data.tokenizer import Tokenizer
+from aunet_jax.evaluate import bits_per_byte, score
 from aunet_jax.splitting.splitter import Splitter
 from aunet_jax.train import __main__ as train_main
 from aunet_jax.train import step
@@ -149,6 +151,101 @@ def test_a_text_model_is_tuned_and_its_held_out_answers_are_scored(
   np.testing.assert_allclose(
     row["heldout_bits_per_byte"], nats / num_bytes / np.log(2), rtol=1e-4
   )
+
+
+def answers_to(records: list[dict]) -> list[tuple[bytes, bytes]]:
+  return [
+    (
+      roles.encode_prompt([roles.turn_of("user", record["prompt"])]),
+      record["completion"].encode() + roles.END_TEXT,
+    )
+    for record in records
+  ]
+
+
+@pytest.fixture
+def of_tokens(tmp_path) -> list[str]:
+  """Flags that train a model of tokens on answers, and hold some out."""
+  file = tmp_path / "tokenizer.json"
+  text = "".join(r["prompt"] + r["completion"] for r in pairs(200)).encode()
+  file.write_text(tokenizer_lib.train([text], 300))
+  train = write(tmp_path / "train.jsonl", pairs(200))
+  heldout = write(tmp_path / "heldout.jsonl", pairs(40)[1::3])
+  return [
+    "--config=tests/tiny_tokens.py", f"--config.data.tokenizer={file}",
+    f"--config.model.vocab_size={Tokenizer(file).vocab_size}", *FORMAT,
+    f"--config.data.train={train}", f"--config.data.heldout={heldout}",
+    "--config.train.num_steps=3", f"--workdir={tmp_path / 'run'}",
+  ]  # fmt: skip
+
+
+def score_all(loaded, records) -> tuple[float, int]:
+  """Nats of answers, each alone, and their bytes of text."""
+  asked = answers_to(records)
+  scores = score.score(
+    loaded.model.config, loaded.params, loaded.splitter, asked,
+    tokenizer=loaded.tokenizer,
+  )  # fmt: skip
+  nats = -sum(one.nats for one in scores)
+  return nats, sum(len(answer) - 1 for _, answer in asked)
+
+
+def test_a_model_of_tokens_learns_answers_too(of_tokens, tmp_path):
+  assert train_main.main(of_tokens) == 0
+  row = layout.read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+  loaded = load.load(tmp_path / "run")
+  assert loaded.splitter.has_roles
+  with jax.default_matmul_precision("highest"):
+    nats, num_bytes = score_all(loaded, pairs(40)[1::3])
+  assert row["heldout_bytes"] == num_bytes
+  expected = nats / num_bytes / np.log(2)
+  assert row["heldout_bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+  # Packed conversations have the loss that they have alone.
+  data, capacities = loaded.config.data, loaded.model.config.capacities
+  _, heldout = corpora.open_corpora(
+    data, loaded.splitter, capacities, tmp_path / "cache", lambda line: None
+  )
+  packed = [heldout.row(number) for number in range(heldout.num_rows)]
+  assert max(row["documents"].max() for row in packed) > 1
+  batch = {k: np.stack([row[k] for row in packed]) for k in packed[0]}
+  assert batch["target_bytes"].sum() == num_bytes
+  with jax.default_matmul_precision("highest"):
+    loss = jax.jit(lambda p, b: loss_of(loaded.model, p, b))
+    together = float(loss(loaded.params, batch))
+  np.testing.assert_allclose(together, nats, rtol=1e-5)
+
+
+@pytest.mark.slow  # two trainings, and a program for everything asked
+def test_a_model_of_tokens_is_tuned_scored_and_asked(
+  of_tokens, tmp_path, capsys
+):
+  (tmp_path / "text.txt").write_text(
+    "".join(r["prompt"] + r["completion"] for r in pairs(200))
+  )
+  text = (
+    "--config.data.format=text", "--config.data.heldout=None",
+    f"--config.data.train={tmp_path / 'text.txt'}",
+    f"--workdir={tmp_path / 'text'}", "--config.data.heldout_fraction=0",
+  )  # fmt: skip
+  assert train_main.main([*of_tokens, *text]) == 0
+  more = (
+    f"--config.train.init_from={tmp_path / 'text'}",
+    "--config.train.sample_bytes=8",
+  )
+  assert train_main.main([*of_tokens, *more]) == 0
+  assert "sample (temperature" in capsys.readouterr().out
+  loaded = load.load(tmp_path / "run")
+  nats, num_bytes = score_all(loaded, pairs(40)[1::3])
+  data = tmp_path / "heldout.jsonl"
+  result = bits_per_byte.evaluate_workdir(
+    str(tmp_path / "run"), str(data), answers=True
+  )
+  assert result["bytes"] == num_bytes
+  expected = nats / num_bytes / np.log(2)
+  assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+  asked = [f"--workdir={tmp_path / 'run'}", f"--data={data}", "--limit=3"]
+  assert answers.main([*asked, "--max_bytes=9"]) == 0
+  assert answers.main([*asked, "--labels= 8., 9."]) == 0
 
 
 @pytest.mark.parametrize(
