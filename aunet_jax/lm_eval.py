@@ -12,8 +12,9 @@ as 'aunet_arc_*'. --include_path names a folder with your own task files; they
 take precedence over others of the same name.
 
 Prints one line per metric, with its standard error; --output writes the
-harness's results object, whose `truncated` is the number of requests that were
-cut on the left. docs/evaluation.md explains every number.
+harness's results object, in which `truncated` is the number of requests that
+were cut on the left, and `in_parts` that of them whose continuation alone was
+longer than a row. docs/evaluation.md explains every number.
 """
 
 import argparse
@@ -209,11 +210,13 @@ def main(argv: list[str] | None = None) -> None:
       file = stack.enter_context(written_whole(args.output))
     mesh = sharding.make_mesh(MeshConfig())
     loaded = load.load(args.workdir, mesh, args.trust_rules)
-    generator = None
-    if loaded.tokenizer is None:  # a model of tokens scores, and writes nothing
-      generator = Generator(
-        loaded.config.model, loaded.params, loaded.splitter, mesh=mesh
-      )
+    generator = Generator(
+      loaded.config.model,
+      loaded.params,
+      loaded.splitter,
+      tokenizer=loaded.tokenizer,
+      mesh=mesh,
+    )
 
     def write(prompts, writing):
       settings = Sampling(
@@ -243,9 +246,12 @@ def main(argv: list[str] | None = None) -> None:
       confirm_run_unsafe_code=args.run_code,
       task_manager=TaskManager(include_defaults=False),
     )
-    results["truncated"] = model.truncated
+    results |= {"truncated": model.truncated, "in_parts": model.in_parts}
     print(_shown(results["results"]))
-    print(f"{model.truncated} requests were longer than the model's rows")
+    print(
+      f"{model.truncated} requests were longer than the model's rows, "
+      f"{model.in_parts} of them by what is scored alone"
+    )
     if file is not None:
       text = json.dumps(results, default=str, ensure_ascii=False, indent=1)
       file.write(text.encode("utf-8", errors="surrogatepass") + b"\n")

@@ -3,8 +3,7 @@
 Texts are their UTF-8 bytes, so a context and a continuation split exactly where
 the task splits them. A request longer than a row of the model, the longest text
 it was trained on, loses the left of its context; `truncated` counts those. A
-model of tokens scores as one of bytes does (`evaluate.score`), and writes
-nothing.
+model of tokens is asked in the same way, and its rows are counted in tokens.
 
 As a conversation (`apply_chat_template`), a context is the turns of messages
 with the marks of `data.roles`, an answer ends with END, and what is scored is a
@@ -22,7 +21,7 @@ from lm_eval.api.model import LM
 from aunet_jax.data import roles
 from aunet_jax.evaluate import windows
 from aunet_jax.evaluate.bits_per_byte import score_windows, units_of
-from aunet_jax.evaluate.score import score
+from aunet_jax.evaluate.score import score_units, units
 
 # The harness counts what a model may write in tokens; these are many bytes.
 BYTES_PER_TOKEN = 5
@@ -70,7 +69,8 @@ def encode(text: str) -> bytes:
 class HarnessModel(LM):
   """Answers the harness's requests; results do not depend on their order.
 
-  Attributes: truncated: requests that lost the left of their context.
+  Attributes: truncated: requests that lost the left of their context. in_parts:
+    of them, those whose continuation alone was longer than a row.
   """
 
   def __init__(
@@ -95,7 +95,7 @@ class HarnessModel(LM):
     super().__init__()
     self._loaded, self._mesh, self._write = loaded, mesh, write
     self.batch_size, self._as_chat = batch_size, as_chat
-    self.truncated = 0
+    self.truncated = self.in_parts = 0
 
   @property
   def max_bytes(self) -> int:
@@ -129,71 +129,95 @@ class HarnessModel(LM):
       return text.encode("latin-1")
     return encode(text)
 
-  def _fit(self, context: bytes, continuation: bytes) -> bytes:
-    """What of the context leaves room for the continuation.
-
-    Raises: ValueError where that alone is longer than a row.
-    """
+  def _count(self, text: bytes) -> int:
+    """Bytes, or tokens, of a text."""
     tokenizer = self._loaded.tokenizer
-    if tokenizer is None:
-      if len(continuation) <= self.max_bytes:
-        return self._cut(context, self.max_bytes - len(continuation))
-    else:
-      text, room = context + continuation, len(context)
-      # What is left may be cut into more tokens than it was; the last to go
-      # may have held bytes of the continuation, which stay.
-      while len(ids := tokenizer.encode(text)) > self.max_bytes and room:
-        excess = ids[: len(ids) - self.max_bytes]
-        room = max(0, room - int(tokenizer.num_bytes[excess].sum()))
-        text = context[len(context) - room :] + continuation
-      if len(ids) <= self.max_bytes:
-        return self._cut(context, room)
-    raise ValueError(
-      f"a continuation has {len(continuation)} bytes; the model reads "
-      f"{self.max_bytes} {'bytes' if tokenizer is None else 'tokens'} at a "
-      f"time."
-    )
+    return len(text if tokenizer is None else tokenizer.encode(text))
 
-  def _cut(self, context: bytes, room: int) -> bytes:
-    if len(context) <= room:
+  def _fit(self, context: bytes, continuation: bytes, room: int) -> bytes:
+    """What of a context takes, with a continuation, at most `room` of a row.
+
+    Raises: ValueError where what an assistant has begun alone takes more.
+    """
+    excess = self._count(context + continuation) - room
+    if excess <= 0:
       return context
     self.truncated += 1
     if self._as_chat:
-      return self._forget(context, room)
-    return context[len(context) - room :]
+      return self._forget(context, continuation, room)
+    tokenizer, kept = self._loaded.tokenizer, len(context)
+    if tokenizer is None:
+      return context[excess:]
+    # What is left may be cut into more tokens than it was; the last to go may
+    # have held bytes of the continuation, which stay.
+    while kept:
+      ids = tokenizer.encode(context[len(context) - kept :] + continuation)
+      if len(ids) <= room:
+        break
+      gone = tokenizer.num_bytes[ids[: len(ids) - room]].sum()
+      kept = max(0, kept - int(gone))
+    return context[len(context) - kept :]
 
-  def _forget(self, context: bytes, room: int) -> bytes:
+  def _forget(self, context: bytes, continuation: bytes, room: int) -> bytes:
     """A conversation's oldest text goes, and no mark is left without its text.
 
     Raises: ValueError where what the assistant has begun alone does not fit.
     """
     turns = roles.decode(context)  # the last is the assistant's, still open
-    shorter = roles.shorten(turns, lambda some: len(roles.encode(some)) <= room)
+
+    def still_open(some):
+      return roles.encode(some).removesuffix(roles.END_TEXT)
+
+    shorter = roles.shorten(
+      turns, lambda some: self._count(still_open(some) + continuation) <= room
+    )
     if shorter is None:
       raise ValueError(
         f"an answer that is begun with {len(turns[-1].text)} bytes leaves no "
-        f"room for a question in the {self.max_bytes} bytes of a row."
+        f"room for a question in the {self.max_bytes} positions of a row."
       )
-    return roles.encode(shorter).removesuffix(roles.END_TEXT)
+    return still_open(shorter)
+
+  def _parts(self, context: bytes, continuation: bytes) -> list[tuple]:
+    """What `score_units` takes for a pair, in one part or several.
+
+    A continuation that is longer than a row is scored by half rows, each after
+    the half row before it.
+    """
+    if self._count(continuation) <= self.max_bytes:
+      context = self._fit(context, continuation, self.max_bytes)
+      return [units(context, continuation, self._loaded.tokenizer)]
+    self.truncated += 1
+    self.in_parts += 1
+    text, begin = units(context, continuation, self._loaded.tokenizer)
+    parts = []
+    for at in range(begin, len(text), self.max_bytes // 2):
+      end = min(at + self.max_bytes // 2, len(text))
+      start = max(0, end - self.max_bytes)
+      parts.append((text[start:end], at - start))
+    return parts
 
   def loglikelihood(self, requests, disable_tqdm: bool = False):
     """[(nats, whether greedy)] of every (context, continuation)."""
-    pairs = []
+    texts, ends = [], []
     for context, continuation in (request.args for request in requests):
       continuation = encode(continuation)
       if self._as_chat:
         continuation += roles.END_TEXT
-      pairs.append((self._fit(self._context(context), continuation),
-                    continuation))  # fmt: skip
-    scores = score(
+      texts += self._parts(self._context(context), continuation)
+      ends.append(len(texts))
+    scores = score_units(
       self._loaded.model.config,
       self._loaded.params,
       self._loaded.splitter,
-      pairs,
+      texts,
       batch_size=self.batch_size,
       tokenizer=self._loaded.tokenizer,
     )
-    answers = [(one.nats, one.is_greedy) for one in scores]
+    answers = [
+      (sum(nats for nats, _ in some), all(greedy for _, greedy in some))
+      for some in (scores[a:b] for a, b in itertools.pairwise([0, *ends]))
+    ]
     self._keep("loglikelihood", requests, answers)
     return answers
 
@@ -226,30 +250,22 @@ class HarnessModel(LM):
     return nats
 
   def generate_until(self, requests, disable_tqdm: bool = False):
-    """Texts, each up to the first of its stop strings.
-
-    Raises: ValueError for a model of tokens.
-    """
-    if self._loaded.tokenizer is not None:
-      raise ValueError(
-        "a task lets the model write, and models of tokens only score here; "
-        "choose tasks of likelihoods."
-      )
+    """Texts, each up to the first of its stop strings."""
     groups: dict[Writing, list[int]] = {}
     for number, request in enumerate(requests):
       writing = Writing.from_request(request.args[1])
-      # A prompt keeps half a row, however much a task lets a model write.
-      most = min(writing.max_bytes, self.max_bytes // 2)
+      most = writing.max_bytes
+      if self._loaded.tokenizer is None:  # a text of tokens ends with the row
+        most = min(most, self.max_bytes // 2)
       stop = writing.stop + (roles.END_TEXT,) * self._as_chat
       writing = dataclasses.replace(writing, max_bytes=most, stop=stop)
       groups.setdefault(writing, []).append(number)
     texts = [""] * len(requests)
     for writing, numbers in groups.items():
+      # A prompt keeps half a row, however much a task lets a model write.
+      room = self.max_bytes - min(writing.max_bytes, self.max_bytes // 2)
       prompts = {
-        n: self._cut(
-          self._context(requests[n].args[0]),
-          self.max_bytes - writing.max_bytes,
-        )
+        n: self._fit(self._context(requests[n].args[0]), b"", room)
         for n in numbers
       }
       numbers = sorted(numbers, key=lambda n: (len(prompts[n]), n))

@@ -73,12 +73,10 @@ def score(
   Returns: in the order of `pairs`. Pairs of similar length share a batch.
   Raises: ValueError for a pair longer than the model's positions.
   """
-  if batch_size < 1:
-    raise ValueError(f"batch_size={batch_size} must be at least 1.")
-  limit = config.position_limit
-  bos, eos, unit = BOS, EOS, "bytes"
-  if tokenizer is not None:
-    bos, eos, unit = tokenizer.bos, tokenizer.eos, "tokens"
+  limit, unit = (
+    config.position_limit,
+    "bytes" if tokenizer is None else "tokens",
+  )
   texts = [units(*pair, tokenizer) for pair in pairs]
   for text, begin in texts:
     if limit is not None and len(text) + 1 > limit:
@@ -87,8 +85,34 @@ def score(
         f"{unit} are longer than the {limit - 1} {unit} this model has "
         f"positions for; cut the context from the left."
       )
-  order = sorted(range(len(pairs)), key=lambda n: len(texts[n][0]))
-  scores: dict[int, Score] = {}
+  scores = score_units(
+    config, params, splitter, texts, batch_size=batch_size, with_eos=with_eos,
+    tokenizer=tokenizer,
+  )  # fmt: skip
+  return [
+    Score(nats, len(continuation) + int(with_eos), is_greedy)
+    for (_, continuation), (nats, is_greedy) in zip(pairs, scores, strict=True)
+  ]
+
+
+def score_units(
+  config: ModelConfig,
+  params: dict,
+  splitter,
+  texts: Sequence[tuple[bytes | np.ndarray, int]],
+  *,
+  batch_size: int = 16,
+  with_eos: bool = False,
+  tokenizer: Tokenizer | None = None,
+) -> list[tuple[float, bool]]:
+  """(nats, whether greedy) of texts as `units` gives them; see `score`."""
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size} must be at least 1.")
+  bos, eos = BOS, EOS
+  if tokenizer is not None:
+    bos, eos = tokenizer.bos, tokenizer.eos
+  order = sorted(range(len(texts)), key=lambda n: len(texts[n][0]))
+  scores: dict[int, tuple[float, bool]] = {}
   for first in range(0, len(order), batch_size):
     numbers = order[first : first + batch_size]
     some = [texts[n][0] for n in numbers]
@@ -110,9 +134,8 @@ def score(
     for b, n in enumerate(numbers):
       text, begin = texts[n]
       end = len(text) + int(with_eos)
-      scores[n] = Score(
-        nats=float(logprob_BL[b, begin:end].sum(dtype=np.float64)),
-        num_bytes=len(pairs[n][1]) + int(with_eos),
-        is_greedy=bool(greedy_BL[b, begin:end].all()),
+      scores[n] = (
+        float(logprob_BL[b, begin:end].sum(dtype=np.float64)),
+        bool(greedy_BL[b, begin:end].all()),
       )
-  return [scores[n] for n in range(len(pairs))]
+  return [scores[n] for n in range(len(texts))]

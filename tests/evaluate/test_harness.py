@@ -100,8 +100,26 @@ def test_a_context_past_the_row_loses_its_left(loaded, mesh):
     [request(kept.decode(), continuation)]
   )
   assert nats == pytest.approx(alone, rel=1e-6)
-  with pytest.raises(ValueError, match="a continuation has 128 bytes"):
-    model.loglikelihood([request("", "x" * ROW)])
+
+
+def test_a_continuation_past_the_row_is_scored_in_parts(loaded, mesh):
+  model = make(loaded, mesh)
+  text = ("some words, one after the other; " * 9).encode()
+  context, continuation = text[:40], text[40:]
+  ((nats, greedy),) = model.loglikelihood(
+    [request(context.decode(), continuation.decode())]
+  )
+  assert (model.truncated, model.in_parts) == (1, 1)
+  half, expected = (ROW - 1) // 2, []
+  for at in range(40, len(text), half):
+    end = min(at + half, len(text))
+    expected.append((text[max(0, end - ROW + 1) : at], text[at:end]))
+  assert b"".join(part for _, part in expected) == continuation
+  scores = score.score(
+    loaded.model.config, loaded.params, loaded.splitter, expected
+  )
+  assert nats == pytest.approx(sum(one.nats for one in scores), rel=1e-5)
+  assert greedy == all(one.is_greedy for one in scores)
 
 
 def test_rolling_bits_are_those_of_evaluate(loaded, mesh, tmp_path):
@@ -241,7 +259,7 @@ def test_a_model_without_roles_is_not_asked_as_a_user(loaded, mesh):
     HarnessModel(loaded, mesh, None, 16, as_chat=True)
 
 
-def test_a_model_of_tokens_scores_and_writes_nothing(mesh):
+def test_a_model_of_tokens_scores_as_one_of_bytes_does(mesh):
   tokens = toy_tokens.loaded()
   model = harness.HarnessModel(tokens, mesh, None, batch_size=4)
   pairs = [("the cat", " sat"), ("", "on the mat"), ("a", "a")]
@@ -260,8 +278,8 @@ def test_a_model_of_tokens_scores_and_writes_nothing(mesh):
   for (nats, greedy), one in zip(found, expected, strict=True):
     assert nats == pytest.approx(one.nats, rel=1e-5)
     assert greedy == one.is_greedy
-  with pytest.raises(ValueError, match="has 100 bytes; the model reads 31 tok"):
-    model.loglikelihood([request("the", long)])
+  model.loglikelihood([request("the", long)])
+  assert (model.truncated, model.in_parts) == (2, 1)
   (nats,) = model.loglikelihood_rolling([request("the cat sat on the mat")])
   (one,) = score.score(
     tokens.model.config, tokens.params, tokens.splitter,
@@ -272,6 +290,60 @@ def test_a_model_of_tokens_scores_and_writes_nothing(mesh):
   full = "the" + " the" * (toy_tokens.LENGTH - 3)
   (one,) = model.loglikelihood([request("ca", full)])
   (other,) = model.loglikelihood([request("", full)])
-  assert one == other and model.truncated == 2
-  with pytest.raises(ValueError, match="models of tokens only score"):
-    model.generate_until([request("the", {"until": []})])
+  assert one == other and model.truncated == 3
+
+
+def test_prompts_in_eight_scripts_are_those_of_score_and_generate(mesh):
+  writer, tokens = toy_tokens.generator(), toy_tokens.loaded()
+  tokens = tokens._replace(params=writer.params)
+
+  def write(prompts, writing):
+    settings = harness_settings(writing)
+    found = writer.generate(
+      prompts, max_bytes=writing.max_bytes, stop=writing.stop,
+      settings=settings,
+    )  # fmt: skip
+    return [one.data for one in found]
+
+  model = HarnessModel(tokens, mesh, write, batch_size=4)
+  pairs = [(text[:3], text[3:]) for text in TEXTS]
+  found = model.loglikelihood([request(*pair) for pair in pairs])
+  expected = score.score(
+    tokens.model.config, tokens.params, tokens.splitter,
+    [(a.encode(), b.encode()) for a, b in pairs], tokenizer=tokens.tokenizer,
+  )  # fmt: skip
+  for (nats, greedy), one in zip(found, expected, strict=True):
+    assert nats == pytest.approx(one.nats, rel=1e-5)
+    assert greedy == one.is_greedy
+  options = {"until": ["t "], "max_gen_toks": 4, "do_sample": False}
+  # Of 31 tokens of a row a prompt keeps 16.
+  texts = [*TEXTS, "the cat sat on " * 4]
+  written = model.generate_until([request(text, options) for text in texts])
+  for text, data in zip(texts, written, strict=True):
+    kept = text.encode()
+    while len(tokens.tokenizer.encode(kept)) > 16:
+      kept = kept[1:]
+    (one,) = write([kept], Writing(20, (b"t ",)))
+    assert data == one.decode(errors="replace")
+  assert len(set(written)) > 1
+
+
+def test_a_conversation_in_tokens_is_cut_to_the_row(mesh):
+  tokens = toy_tokens.loaded()
+  tokens = tokens._replace(splitter=Splitter((), has_roles=True))
+  asked = []
+
+  def write(prompts, writing):
+    asked.extend(prompts)
+    return [b"" for _ in prompts]
+
+  model = HarnessModel(tokens, mesh, write, 16, as_chat=True)
+  context = model.apply_chat_template(
+    [{"role": "user", "content": "the cat sat " * 20}]
+  )
+  model.generate_until([request(context, {})])
+  model.loglikelihood([request(context, "the mat")])
+  assert model.truncated == 2
+  (prompt,) = asked
+  assert prompt.startswith(b"\xf9") and prompt.endswith(b"at \xfa")
+  assert len(tokens.tokenizer.encode(prompt)) == 16
