@@ -5,8 +5,7 @@
 
 1. Pre-trains the four models below on the same bytes in the same order: equal
    useful FLOPs a byte, so equal compute.
-2. Tunes those of bytes on three recipes of configs/ (models of tokens have no
-   roles yet, and do not write).
+2. Tunes each on three recipes of configs/.
 3. Scores: held-out text, tasks of likelihoods, and what was tuned, each with
    its 95% interval (1,000 bootstrap samples of documents or questions; of tasks
    1.96 of the harness's standard errors), beside what chance, the commonest
@@ -48,7 +47,6 @@ TASKS = {  # of lm_eval: metric, what is shown, what needs no model
   "aunet_sst2": ("acc", "SST-2, not tuned", {"always positive": 0.509}),
   "aunet_cute": ("exact_match", "CUTE", {}),
 }
-WRITTEN = ("aunet_cute",)
 BOOTSTRAPS = 1000
 
 
@@ -284,17 +282,15 @@ def tasks(
 ) -> tuple[dict[str, Score], int]:
   """Scores of tasks with the harness's own errors; how many lost context."""
   done = parts.output / name / "tasks.json"
-  wanted = [task for task in TASKS if name != "bpe" or task not in WRITTEN]
   parts.run(
     done, "aunet_jax.lm_eval", f"--workdir={parts.output / name / 'base'}",
-    f"--tasks={','.join(wanted)}",
+    f"--tasks={','.join(TASKS)}",
     f"--data_dir={','.join(map(str, args.eval))}", f"--limit={args.limit}",
     f"--output={done}",
   )  # fmt: skip
   results = json.loads(done.read_text())
   scores = {}
-  for task in wanted:
-    metric, shown_as, _ = TASKS[task]
+  for task, (metric, shown_as, _) in TASKS.items():
     found = results["groups" if task in results["groups"] else "results"][task]
     value, error = found[f"{metric},none"], found[f"{metric}_stderr,none"]
     ends = (None, None)
@@ -418,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
       ),
       **scores,
     }
-    for recipe in () if name == "bpe" else RECIPES:
+    for recipe in RECIPES:
       rows = read_rows(tune(parts, name, recipe, args.tune_steps))
       scores[RECIPES[recipe]] = score_answers(recipe, rows)
       result["trivial"][RECIPES[recipe]] = trivial(recipe, rows)
