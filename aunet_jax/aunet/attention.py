@@ -339,9 +339,10 @@ def _splash_rows(q_BLHK, k_BLGK, v_BLGK, documents_BL, *, window, interpret):
   extra = -L % block
   padded = L + extra
 
-  def by_head(x_BLGK):  # -> (B, G, padded L, K)
+  def by_head(x_BLGK):
+    """-> (B, G, padded L, K), kept: neither RoPE nor layout is done again."""
     x_BLGK = jnp.pad(x_BLGK, ((0, 0), (0, extra), (0, 0), (0, 0)))
-    return x_BLGK.swapaxes(1, 2)
+    return checkpoint_name(x_BLGK.swapaxes(1, 2), SAVED)
 
   documents_BL = jnp.pad(
     documents_BL, ((0, 0), (0, extra)), constant_values=_NO_DOCUMENT

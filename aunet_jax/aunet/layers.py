@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aunet_jax.aunet import sharding
 from aunet_jax.config import ModelConfig
 
 # Name of what the backward pass needs of an attention kernel's forward pass
@@ -48,8 +49,12 @@ def project(
   The result has x's dtype, or `dtype`, in which the sum is then kept too.
 
   One matrix product with every other dim merged: XLA on CPU runs the weight
-  gradient of an unmerged einsum several times slower.
+  gradient of an unmerged einsum several times slower. On TPUs dims stay apart,
+  so that a product reads and writes the layout that its neighbours want: merged
+  ones are copied to another first.
   """
+  if sharding.platform() == "tpu":
+    return jnp.tensordot(x, kernel, num_in, preferred_element_type=dtype)
   lead, inner = x.shape[:-num_in], kernel.shape[:num_in]
   width = math.prod(inner)
   y = jnp.matmul(

@@ -29,7 +29,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aunet_jax.aunet import attention, cache
+from aunet_jax.aunet import attention, cache, sharding
 from aunet_jax.aunet.cache import put, put_slot, take
 from aunet_jax.aunet.layers import RMSNorm, kernel, project, rms_norm
 from aunet_jax.aunet.quantize import matmul
@@ -39,19 +39,39 @@ from aunet_jax.config import ModelConfig, StageConfig
 def rope_tables(
   position_BL: jax.Array, head_dim: int, theta: float
 ) -> tuple[jax.Array, jax.Array]:
-  """cos and sin (B, L, head_dim / 2), float32, of position * theta^(-2i/K)."""
+  """cos and sin (B, L, K), float32, of position * theta^(-2j/K).
+
+  As `apply_rope` multiplies them: component j < K/2 again at j + K/2, and the
+  first K/2 sines negated.
+  """
   exponent_J = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
   frequency_J = 1.0 / jnp.float32(theta) ** exponent_J
   angle_BLJ = (
     position_BL.astype(jnp.float32)[:, :, None] * frequency_J[None, None]
   )
-  return jnp.cos(angle_BLJ), jnp.sin(angle_BLJ)
+  cos_BLJ, sin_BLJ = jnp.cos(angle_BLJ), jnp.sin(angle_BLJ)
+  return (
+    jnp.concatenate([cos_BLJ, cos_BLJ], axis=-1),
+    jnp.concatenate([-sin_BLJ, sin_BLJ], axis=-1),
+  )
 
 
-def apply_rope(x_BLHK: jax.Array, cos_BLJ, sin_BLJ) -> jax.Array:
+def apply_rope(x_BLHK: jax.Array, cos_BLK, sin_BLK) -> jax.Array:
   """Rotates component j of each head with component j + K/2."""
-  first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos_BLJ[:, :, None, :], sin_BLJ[:, :, None, :]
+  K = x_BLHK.shape[-1]
+  J = K // 2
+  whole_BLHK = x_BLHK.astype(jnp.float32)
+  if sharding.platform() == "tpu":
+    # A product with ones and zeros exchanges the halves, exactly: cutting and
+    # joining them along lanes costs TPUs several passes over memory.
+    swap_KK = jnp.roll(jnp.eye(K, dtype=x_BLHK.dtype), J, axis=1)
+    precision = "highest" if x_BLHK.dtype == jnp.float32 else None
+    swapped_BLHK = jnp.tensordot(x_BLHK, swap_KK, 1, precision=precision)
+    y_BLHK = whole_BLHK * cos_BLK[:, :, None]
+    y_BLHK += swapped_BLHK.astype(jnp.float32) * sin_BLK[:, :, None]
+    return y_BLHK.astype(x_BLHK.dtype)
+  first, second = jnp.split(whole_BLHK, 2, axis=-1)
+  cos, sin = cos_BLK[:, :, None, :J], sin_BLK[:, :, None, J:]
   rotated = (first * cos - second * sin, second * cos + first * sin)
   return jnp.concatenate(rotated, axis=-1).astype(x_BLHK.dtype)
 

@@ -1,12 +1,13 @@
-"""Norms against their formula.
+"""Norms and products against their formulas.
 
 Letters: B batch, L positions, D width.
 """
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from aunet_jax.aunet import layers
+from aunet_jax.aunet import layers, sharding
 from tests.aunet.test_self_attention import normal
 
 
@@ -26,3 +27,16 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
   assert y_BLD.dtype == jnp.bfloat16
   whole_BLD = layers.RMSNorm(1e-5).apply(params, x_BLD.astype(jnp.float32))
   np.testing.assert_array_equal(y_BLD, whole_BLD.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("num_in", [1, 2])
+def test_project_contracts_the_last_dims_with_the_first(
+  platform, num_in, monkeypatch
+):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  x, kernel = normal(0, 2, 3, 4, 8), normal(1, 4, 8, 5)
+  kernel = kernel[0] if num_in == 1 else kernel
+  y = layers.project(x, kernel, num_in)
+  expected = np.tensordot(x, kernel, num_in)
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)

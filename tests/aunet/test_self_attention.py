@@ -5,8 +5,9 @@ Letters: B batch, L positions, H heads, G key/value heads, K head dim, W slots.
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from aunet_jax.aunet import self_attention
+from aunet_jax.aunet import self_attention, sharding
 
 
 def normal(seed, *shape):
@@ -24,12 +25,14 @@ def rope_loop(x_K, position, theta):
   return y_K
 
 
-def test_rope_is_that_of_a_loop():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_rope_is_that_of_a_loop(platform, monkeypatch):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
   position_BL = np.array([[0, 1, 2, 700], [0, 0, 1, 5]])
   x_BLHK = normal(0, 2, 4, 3, 8)
-  cos_BLJ, sin_BLJ = self_attention.rope_tables(position_BL, 8, 10_000.0)
-  assert cos_BLJ.dtype == sin_BLJ.dtype == jnp.float32
-  y_BLHK = self_attention.apply_rope(x_BLHK, cos_BLJ, sin_BLJ)
+  cos_BLK, sin_BLK = self_attention.rope_tables(position_BL, 8, 10_000.0)
+  assert cos_BLK.dtype == sin_BLK.dtype == jnp.float32
+  y_BLHK = self_attention.apply_rope(x_BLHK, cos_BLK, sin_BLK)
   for b, t, h in np.ndindex(2, 4, 3):
     expected_K = rope_loop(x_BLHK[b, t, h], position_BL[b, t], 10_000.0)
     # float32 angles of several hundred carry an error of about 1e-5.
