@@ -238,6 +238,19 @@ def _collectives(computations, comp, comp_name, num_devices):
   return found
 
 
+def _only_sends(computations, line: str) -> bool:
+  """Whether a fusion without an estimate is a collective, or an end of one.
+
+  The collective's own time is all that it takes: its result is its operand's
+  memory, or made as it arrives.
+  """
+  return any(
+    opcode.removesuffix("-start") in collectives.KINDS
+    for callee in hlo_lib.called(line)
+    for opcode in computations[callee].opcode.values()
+  )
+
+
 def read(hlo: str) -> tuple[list[Instruction], list[str]]:
   """Every instruction that takes time, and the loops of unknown length.
 
@@ -304,9 +317,13 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
         for callee in inner:
           found += visit(callee, times)
       else:
+        cycles, flops = _estimate(line), _flops(computations, comp, name)
+        if opcode == "fusion" and cycles is None and not flops:
+          if _only_sends(computations, line):
+            continue
         add(
           name, opcode, _where(comp, name), _bytes(computations, comp, name),
-          _estimate(line), _flops(computations, comp, name),
+          cycles, flops,
         )  # fmt: skip
     return found
 
