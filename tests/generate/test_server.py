@@ -23,6 +23,7 @@ from aunet_jax.generate import chat
 from aunet_jax.generate.sampling import Sampling
 from aunet_jax.generate.server import MAX_REQUEST, make_server
 from aunet_jax.splitting.splitter import Splitter
+from tests import toy_tokens
 from tests.toy_generator import generator, talker
 
 
@@ -87,6 +88,23 @@ def check_refusal(answer, statuses=range(400, 500)):
   error = json.loads(body)["error"]
   assert "Traceback" not in str(error) and len(str(error)) < 600
   return error
+
+
+def test_a_model_of_tokens_is_served_in_bytes():
+  writer = toy_tokens.generator()
+  with running(lambda: writer) as server:
+    url = f"http://127.0.0.1:{server.server_port}"
+    request = {"prompt": "the cat", "max_bytes": 20, "seed": 2}
+    *pieces, last = post(url, json.dumps(request).encode())
+    body = json.dumps({"prompt": "the", "logprobs": 1}).encode()
+    with pytest.raises(urllib.error.HTTPError) as caught:
+      urllib.request.urlopen(url + "/v1/completions", data=body)
+    assert "top_logprobs is of bytes" in caught.value.read().decode()
+  (one,) = writer.generate([b"the cat"], max_bytes=20, seed=2)
+  assert "".join(piece["text"] for piece in pieces) == one.text
+  bits = sum(c["bits"] for c in last["characters"])
+  nats = one.logprobs.sum() + one.prompt_logprobs.sum()
+  assert bits == pytest.approx(-nats / np.log(2), rel=1e-4)
 
 
 def test_text_streams_and_ends_with_its_characters(url):
