@@ -47,7 +47,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY = 6
-PATIENCE_SECONDS = 300  # for anything to happen, on a busy machine
+PATIENCE_SECONDS = 1200  # for anything to happen, on a busy machine
 FILE_LIMIT_BYTES = 30_000  # less than the largest file of a checkpoint
 KINDS = (
   "kill",

@@ -20,7 +20,7 @@ from aunet_jax.data import (
 )
 
 _FILES = 8  # that are sampled, spread over all
-_BYTES = 1 << 22  # of text, of each
+_BYTES = 1 << 21  # of text, of each
 
 
 class Estimate(NamedTuple):
