@@ -130,13 +130,18 @@ class Block(nn.Module):
     weights, stage, model, cache, x_CD, tables, position_C, rows_C, ahead=1
   ):
     """Returns: x_CD, and the entry that the cache gets."""
-    h_CD = rms_norm(x_CD, weights["mixer_norm"], model.norm_eps)
-    y_CD, entry = mixer_of(stage).step(
-      weights["mixer"], stage, cache, h_CD, tables, position_C, rows_C, ahead
-    )
+    mixer = mixer_of(stage)
+    with jax.named_scope(f"{mixer.NAME}_norm"):
+      h_CD = rms_norm(x_CD, weights["mixer_norm"], model.norm_eps)
+    with jax.named_scope(mixer.NAME):
+      y_CD, entry = mixer.step(
+        weights["mixer"], stage, cache, h_CD, tables, position_C, rows_C, ahead
+      )
     x_CD += y_CD
-    h_CD = rms_norm(x_CD, weights["ffn_norm"], model.norm_eps)
-    return x_CD + SwiGLU.step(weights["ffn"], h_CD), entry
+    with jax.named_scope("ffn_norm"):
+      h_CD = rms_norm(x_CD, weights["ffn_norm"], model.norm_eps)
+    with jax.named_scope("ffn"):
+      return x_CD + SwiGLU.step(weights["ffn"], h_CD), entry
 
   @staticmethod
   def num_parameters(stage: StageConfig) -> dict[str, int]:

@@ -267,10 +267,11 @@ class SelfAttention(nn.Module):
     q_CHK = apply_rope(q_CHK[:, None], *tables)[:, 0]
     k_CGK = apply_rope(k_CGK[:, None], *tables)[:, 0]
     new = (q_CHK, k_CGK, v_CGK, position_C)
-    if ahead > 1:
-      y_CD = _attend_ahead(*new, rings, rows_C, ahead)
-    else:
-      y_CD = _attend_rows(new, rings, rows_C)
+    with jax.named_scope("with_cache"):
+      if ahead > 1:
+        y_CD = _attend_ahead(*new, rings, rows_C, ahead)
+      else:
+        y_CD = _attend_rows(new, rings, rows_C)
     return matmul(y_CD, weights["out"]), (k_CGK, v_CGK)
 
   @staticmethod

@@ -14,6 +14,11 @@ send each other, and whether that is what the mesh should cost.
 
 --time predicts each program's time by stage, part and pass, from the TPU
 compiler's estimates (for other devices from a roofline); --picture draws it.
+--profile shows the times that a run on real devices recorded beside it:
+
+  python -m aunet_jax.compile --config=runs/mine/config.json --time \\
+      --profile=runs/mine
+
 --compare shows what changed between two outputs of --time --json:
 
   python -m aunet_jax.compile --compare before.json after.json
@@ -31,10 +36,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aunet_jax import config as config_lib
-from aunet_jax import terminal
+from aunet_jax import files, terminal
 from aunet_jax.aunet import sharding, trial
-from aunet_jax.compile import picture, programs, step_time
-from aunet_jax.compile.report import report, table
+from aunet_jax.compile import measured, picture, programs, step_time
+from aunet_jax.compile.report import profiled, report, table
 from aunet_jax.train import setup
 
 
@@ -85,6 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     "--time", action="store_true", help="predict the time, by part"
   )
   parser.add_argument(
+    "--profile",
+    metavar="WORKDIR",
+    help="show the measured time of a training step by part instead, from a "
+    "recording of aunet_jax.train --profile (a workdir or an .xplane.pb file); "
+    "with --time beside the prediction for the program that ran",
+  )
+  parser.add_argument(
     "--picture",
     metavar="FILE",
     help="draw the times of --time as bars (.svg, .png, .pdf)",
@@ -107,6 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     value = getattr(args, name)
     if value is not None and value < 1:
       raise ValueError(f"--{name}={value} must be a positive number.")
+  if args.profile is not None:
+    profile = files.local(args.profile, "--profile")
+    if args.what != "train" or args.check or args.picture is not None:
+      raise ValueError(
+        "--profile is of a training step and shows its times alone: leave out "
+        "--what, --check and --picture."
+      )
+    measured.find(profile)
   if args.picture is not None:
     if not args.time:
       raise ValueError("--picture draws what --time predicts: give both.")
@@ -125,14 +145,23 @@ def main(argv: Sequence[str] | None = None) -> int:
   devices = programs.topology_devices(args.topology, args.slices)
   mesh = sharding.make_mesh(config.mesh, devices)
   setup.check_batch(config, mesh)
-  if args.topology is None:  # what training here would run
-    model, _ = trial.resolve(config.model, mesh, say=say)
-    config = dataclasses.replace(config, model=model)
-  result = {
+  about = {
     "command": shlex.join(["python", "-m", "aunet_jax.compile", *argv]),
     "versions": _versions(),
     "topology": args.topology,
     "slices": args.slices,
+  }
+  if args.topology is None:  # what training here would run
+    model, _ = trial.resolve(config.model, mesh, say=say)
+    config = dataclasses.replace(config, model=model)
+  if args.profile is not None:
+    program = profiled(config, mesh, profile, time_parts=args.time, say=say)
+    print("\n".join(measured.lines(program["measured"], program.get("time"))))
+    if args.json:
+      print(json.dumps({**about, "programs": {"train": program}}))
+    return 0
+  result = {
+    **about,
     **report(
       config,
       mesh,

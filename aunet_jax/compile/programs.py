@@ -154,6 +154,12 @@ def compile_train(config: Config, mesh):
   )
 
 
+def decode_schedule(config: Config, mesh, num_rows: int) -> decode.Schedule:
+  """That `generate` takes for so many rows."""
+  name = generator.default_schedule(num_rows, mesh)
+  return decode.make_schedule(name, num_rows, config.model)
+
+
 def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
   """A call of the decoding loop, with `num_bytes` of history in its caches."""
   model = config.model
@@ -181,9 +187,7 @@ def compile_decode(config: Config, mesh, num_rows: int, num_bytes: int):
       prefilled, rows, limit_B, choice, decode.num_phases(model)
     )
 
-  schedule = decode.make_schedule(
-    generator.default_schedule(num_rows, mesh), num_rows, model
-  )
+  schedule = decode_schedule(config, mesh, num_rows)
   decode_state = jax.eval_shape(start, params)
   decode_state = sharding.placed(
     decode_state, generator.state_shardings(decode_state, mesh)

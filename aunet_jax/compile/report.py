@@ -4,6 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,8 +12,15 @@ import numpy as np
 from aunet_jax.aunet import attention, counts, devices, sharding
 from aunet_jax.aunet.block import mixer_of
 from aunet_jax.aunet.devices import GIB
-from aunet_jax.compile import collectives, programs, step_time
+from aunet_jax.compile import (
+  collectives,
+  measured,
+  programs,
+  step_time,
+  turns,
+)
 from aunet_jax.config import Config
+from aunet_jax.generate.generator import MAX_TURNS
 from aunet_jax.train import optimizer, state
 
 # ----- what was compiled ----------------------------------------------------
@@ -189,13 +197,40 @@ def check_flops(config: Config, mesh) -> dict:
   }
 
 
-def predict_time(config: Config, mesh, hlo: str, *, training: bool) -> dict:
-  """A program's `step_time.predict`, with what it means for the model."""
-  device = mesh.devices.flat[0]
+def predict_time(
+  config: Config, mesh, hlo: str, decode_rows: int | None = None
+) -> dict:
+  """A program's `step_time.predict`, with what it means for the model.
+
+  Args: decode_rows: that decode together, and the program is their loop, of
+    which a turn is predicted; None: it is a training step.
+  """
+  device, model = mesh.devices.flat[0], config.model
   known = _known_device(mesh)
+  rates = step_time.calibrate(device, known)
+  if decode_rows is not None:
+    schedule = programs.decode_schedule(config, mesh, decode_rows)
+    average = turns.expected(model, schedule, decode_rows)
+    time = step_time.predict(
+      hlo,
+      rates,
+      known,
+      model.num_stages,
+      shares=average.shares,
+      turns=MAX_TURNS,
+      training=False,
+    )
+    named = zip(turns.names(model), average.shares, average.rows, strict=True)
+    time["phases"] = [
+      {"phase": name, "share": share, "rows": rows}
+      for name, share, rows in named
+    ]
+    time["bytes_per_turn"] = average.bytes
+    time["bytes_per_second"] = average.bytes / time["seconds"] / mesh.size
+    return time
+
   rows = config.train.batch_size // config.train.grad_accumulation
   rows /= mesh.shape["data"] * mesh.shape["fsdp"]
-
   # Forward, an attention kernel forms two products. Backward it forms five, or
   # seven in two kernels that both make the scores and their gradients again.
   products = {
@@ -205,24 +240,17 @@ def predict_time(config: Config, mesh, hlo: str, *, training: bool) -> dict:
 
   def kernel_flops(stage, name):
     found = re.search("|".join(products), name)
-    stage = config.model.stages[stage - 1]
+    stage = model.stages[stage - 1]
     platform = sharding.platform(mesh)
     forward = mixer_of(stage).flops(stage, stage.capacity, platform)
     forward *= rows / mesh.shape["tensor"]
     return forward * (products[found[0]] / 2 if found else 1)
 
-  time = step_time.predict(
-    hlo,
-    step_time.calibrate(device, known),
-    known,
-    config.model.num_stages,
-    kernel_flops,
-  )
-  if training:
-    useful = flops_per_device(config, mesh)["useful"]
-    time["predicted_useful_mfu"] = useful / (time["seconds"] * known.flops)
-    positions = config.train.batch_size * config.model.capacities[0] / mesh.size
-    time["bytes_per_second"] = positions / time["seconds"]
+  time = step_time.predict(hlo, rates, known, model.num_stages, kernel_flops)
+  useful = flops_per_device(config, mesh)["useful"]
+  time["predicted_useful_mfu"] = useful / (time["seconds"] * known.flops)
+  positions = config.train.batch_size * model.capacities[0] / mesh.size
+  time["bytes_per_second"] = positions / time["seconds"]
   return time
 
 
@@ -301,10 +329,41 @@ def report(
     hlo, training = compiled.as_text(), name == "train"
     program["collectives"] = traffic(config, mesh, hlo, training=training)
     if time_parts:
-      program["time"] = predict_time(config, mesh, hlo, training=training)
+      rows = None if training else decode_rows
+      program["time"] = predict_time(config, mesh, hlo, rows)
     result["programs"][name] = program
   result["fits"] = all(p["fits"] for p in result["programs"].values())
   return result
+
+
+def profiled(
+  config: Config,
+  mesh,
+  path: Path,
+  *,
+  time_parts: bool = False,
+  say=lambda line: None,
+) -> dict:
+  """A recorded training step's time by part, as `report` gives programs.
+
+  Args: path: see `measured.find`. time_parts: also the prediction for the same
+    program.
+  Raises: ValueError where nothing is recorded there, or a device's rates are
+    not known.
+  """
+  if time_parts:
+    _known_device(mesh)
+  recordings, text = measured.find(path)
+  kept = text is not None
+  if not kept:
+    say(f"compiling the step: {path} holds recordings without their program …")
+    text = programs.compile_train(config, mesh).as_text()
+  stages = config.model.num_stages
+  program = {"program_kept": kept, "profile": [str(p) for p in recordings]}
+  program["measured"] = measured.of_files(recordings, text, stages)
+  if time_parts:
+    program["time"] = predict_time(config, mesh, text)
+  return program
 
 
 def _gib(size: float | None) -> str:

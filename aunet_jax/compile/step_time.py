@@ -14,7 +14,8 @@ modelled, and listed:
   collectives  a ring's bytes over half the links' bandwidth (it sends and
       receives), less the estimates of what the schedule runs between start and
       done: what is left is exposed.
-  conditionals  the dearest branch. Loops of unknown length count once.
+  conditionals  the dearest branch, or each as often as the caller says it is
+      taken (a turn of decoding). Loops of unknown length count once.
 
 These are estimates of a compiler, not measurements: compare shares and ratios.
 A program without any estimate (GPUs) is a *roofline*: every instruction is the
@@ -62,7 +63,7 @@ class Instruction:
   name: str
   opcode: str
   op_name: str
-  times: int
+  times: float  # 0 in a branch that is taken never
   cycles: float | None
   flops: float
   bytes: float
@@ -251,10 +252,17 @@ def _only_sends(computations, line: str) -> bool:
   )
 
 
-def read(hlo: str) -> tuple[list[Instruction], list[str]]:
+def read(
+  hlo: str, shares: Sequence[float] = (), turns: int = 1
+) -> tuple[list[Instruction], list[str]]:
   """Every instruction that takes time, and the loops of unknown length.
 
-  Args: hlo: `compiled.as_text()`, whose order is the schedule.
+  Args:
+    hlo: `compiled.as_text()`, whose order is the schedule.
+    shares: how often the branches are taken of each conditional that has as
+      many, and is inside no other; of the others the dearest always is.
+    turns: of a loop of unknown length that is inside no other; what is told is
+      then one turn's share of the call.
   Raises: ValueError where the text is something else.
   """
   computations, entry = hlo_lib.parse(hlo)
@@ -262,7 +270,8 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
   num_devices = int(partitions[1]) if partitions else 1
   unknown: list[str] = []
 
-  def visit(comp_name: str, times: int) -> list[Instruction]:
+  def visit(comp_name, times, inside=False, turning=False):
+    """Instructions; inside a conditional, or a loop of unknown length."""
     comp, found = computations[comp_name], []
     sends = _collectives(computations, comp, comp_name, num_devices)
     names, spent = list(comp.opcode), []  # cycles of each, in this order
@@ -309,13 +318,23 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
         if trips is None:
           unknown.append(name)
         body = re.search(r"body=%?([\w.\-]+)", line)[1]
-        found += visit(body, times * (1 if trips is None else trips))
+        if trips is None:
+          trips = 1 if turning else turns
+          found += visit(body, times * trips, inside, True)
+        else:
+          found += visit(body, times * trips, inside, turning)
       elif opcode == "conditional":
-        branches = [visit(branch, times) for branch in inner]
-        found += max(branches, key=_dearness)
+        branches = [visit(branch, 1, True, turning) for branch in inner]
+        taken = shares
+        numbered = "branch_computations=" in line  # others are true and false
+        if inside or not numbered or len(branches) != len(shares):
+          dearest = max(branches, key=_dearness)
+          taken = [int(branch is dearest) for branch in branches]
+        for branch, share in zip(branches, taken, strict=True):
+          found += [_repeated(x, share * times) for x in branch]
       elif opcode in _INSIDE and inner and _estimate(line) is None:
         for callee in inner:
-          found += visit(callee, times)
+          found += visit(callee, times, inside, turning)
       else:
         cycles, flops = _estimate(line), _flops(computations, comp, name)
         if opcode == "fusion" and cycles is None and not flops:
@@ -327,7 +346,38 @@ def read(hlo: str) -> tuple[list[Instruction], list[str]]:
         )  # fmt: skip
     return found
 
-  return visit(entry, 1), unknown
+  found = visit(entry, 1)
+  if turns > 1:
+    found = [_repeated(x, 1 / turns) for x in found]
+  return found, unknown
+
+
+def together(first: Instruction, second: Instruction) -> Instruction:
+  """One instruction that the program reaches in two ways."""
+  return dataclasses.replace(first, times=first.times + second.times)
+
+
+def untimed(computations, comp, name: str) -> Instruction:
+  """An instruction that `read` leaves out, as the end of a collective."""
+  opcode = comp.opcode[name]
+  inside = [opcode]
+  if opcode == "fusion":
+    for callee in hlo_lib.called(comp.line[name]):
+      inside += computations[callee].opcode.values()
+  kinds = [x.removesuffix("-start").removesuffix("-done") for x in inside]
+  opcode = next((kind for kind in kinds if kind in collectives.KINDS), opcode)
+  return Instruction(name, opcode, _where(comp, name), 0, None, 0.0, 0.0)
+
+
+def _repeated(x: Instruction, times: float) -> Instruction:
+  return dataclasses.replace(
+    x,
+    times=x.times * times,
+    cycles=None if x.cycles is None else x.cycles * times,
+    flops=x.flops * times,
+    bytes=x.bytes * times,
+    hidden_cycles=x.hidden_cycles * times,
+  )
 
 
 def _dearness(branch: list[Instruction]) -> tuple[float, float]:
@@ -343,13 +393,23 @@ _PARTS = (
   ("feed-forward", r"/ffn/"),
   ("pool", r"pool_\d"),
   ("upsample", r"upsample_\d"),
+  # of decoding
+  ("cache updates", r"/cache_write/"),
+  ("sampling", r"/sampling/"),
+  ("splitting", r"/splitting/"),
+  ("head", r"/head/"),
 )
 _LAYOUT = ("copy", "transpose", "reshape", "pad", "concatenate")
 _STAGE = re.compile(r"(?:contract|expand|pool|upsample)_(\d)|(deepest)")
 
 
-def place(x: Instruction, num_stages: int) -> tuple[int | None, str, str]:
-  """(stage, part, pass) of an instruction; stage None: of no stage."""
+def place(
+  x: Instruction, num_stages: int, training: bool = True
+) -> tuple[int | None, str, str]:
+  """(stage, part, pass) of an instruction; stage None: of no stage.
+
+  Args: training: whether the program is a training step, or decodes.
+  """
   path = x.op_name
   found = _STAGE.search(path)
   stage = None if found is None else int(found[1] or num_stages)
@@ -359,8 +419,10 @@ def place(x: Instruction, num_stages: int) -> tuple[int | None, str, str]:
     which = "repeated"
   elif "transpose(" in path:
     which = "backward"
+  elif in_model or stage is not None or not training:
+    which = "forward"
   else:
-    which = "forward" if in_model or stage is not None else "update"
+    which = "update"
   if x.opcode in collectives.KINDS:
     return stage, "collectives", which
   if x.opcode in _LAYOUT or x.opcode.endswith("-done") or not path:
@@ -369,10 +431,14 @@ def place(x: Instruction, num_stages: int) -> tuple[int | None, str, str]:
   if part == "attention":
     if x.opcode == "custom-call":  # splash on TPUs, ours on GPUs
       part = "attention kernel"
+    elif "/with_cache/" in path:
+      part = "attention with cache"
     else:
       part = "projections" if x.flops else "attention, around the kernel"
   if part is None and stage is not None:
-    part = "residuals and saved activations"
+    part = "residuals and saved activations" if training else "residuals"
+  if part is None and not training:
+    part = "embedding" if "/embedding/" in path else "schedule and state"
   if part is None and which == "update":
     part = "optimizer"
   if part is None:
@@ -400,17 +466,25 @@ def predict(
   device: Device,
   num_stages: int,
   kernel_flops: Callable[[int, str], float] = lambda stage, name: 0.0,
+  shares: Sequence[float] = (),
+  turns: int = 1,
+  training: bool = True,
 ) -> dict:
-  """The `time` of a program; JSON-able.
+  """The `time` of a program, or of a turn of its loop; JSON-able.
 
-  Args: kernel_flops: of one run of a stage's attention kernel, by its name
-    and path.
+  Args:
+    kernel_flops: of one run of a stage's attention kernel, by its name and
+      path.
+    shares, turns: see `read`.
+    training: see `place`.
   """
-  instructions, unknown = read(hlo)
+  instructions, unknown = read(hlo, shares, turns)
   parts: dict[tuple, float] = {}
   rows, unestimated = [], []
   for x in instructions:
-    stage, part, which = place(x, num_stages)
+    if not x.times:
+      continue
+    stage, part, which = place(x, num_stages, training)
     if part == "attention kernel" and stage is not None:
       flops = kernel_flops(stage, f"{x.name} {x.op_name}") * x.times
       x = dataclasses.replace(x, flops=flops)
@@ -506,6 +580,17 @@ def lines(time: dict) -> list[str]:
       f"  useful MFU {time['predicted_useful_mfu']:.1%}, "
       f"{time['bytes_per_second']:,.0f} bytes/s of text per device"
     )
+  if "phases" in time:
+    result.append(
+      f"  {time['bytes_per_turn']:.3g} bytes a turn, "
+      f"{time['bytes_per_second']:,.0f} bytes/s of text per device; of the "
+      f"turns"
+    )
+    for phase in time["phases"]:
+      result.append(
+        f"  {phase['share']:>6.1%}  {phase['phase']}, for {phase['rows']:.3g} "
+        f"rows"
+      )
   for entry in time["parts"]:
     stage = "" if entry["stage"] is None else f"stage {entry['stage']}"
     result.append(
@@ -520,7 +605,7 @@ def lines(time: dict) -> list[str]:
   result.append("  largest instructions")
   for row in time["largest"]:
     result.append(
-      f"  {row['cycles'] / total:>6.1%}  {row['times']:,} x {row['opcode']} "
+      f"  {row['cycles'] / total:>6.1%}  {row['times']:,g} x {row['opcode']} "
       f"{row['op_name'][-50:]}"
     )
   return result

@@ -21,7 +21,8 @@ it. `Schedule` says how large the blocks are and how many rows a phase waits
 for; every schedule gives the same bytes (docs/generation.md has timings).
 
 Each part of the network has its mathematics of one position, `step`, beside
-that of a row; `prefill.py` runs the model itself over the prompts.
+that of a row; `prefill.py` runs the model itself over the prompts. Named scopes
+say which part an operation of the compiled loop belongs to.
 
 Letters: B rows of the batch, C rows of a block, D width, E width of the next
 stage, V vocabulary, O offsets, P phases, N stages, T turns of the loop, Z
@@ -143,15 +144,16 @@ class Call:
   def run_stack(self, state, name, x_CD):
     """One position of every row through a named stack."""
     i = network.stack_names(self.config)[name]
-    x_CD, self.writes[name] = Stack.step(
-      self.weights[name],
-      self.config.stages[i],
-      self.config,
-      self.caches[name],
-      x_CD,
-      self.take(state.position_BN)[:, i],
-      self.rows_C,
-    )
+    with jax.named_scope(name):
+      x_CD, self.writes[name] = Stack.step(
+        self.weights[name],
+        self.config.stages[i],
+        self.config,
+        self.caches[name],
+        x_CD,
+        self.take(state.position_BN)[:, i],
+        self.rows_C,
+      )
     return x_CD
 
   def all_writes(self, batch, schedule):
@@ -165,11 +167,18 @@ class Call:
       )
     return writes
 
+  def pool(self, state, i):
+    """What stage i takes from the one above it."""
+    with jax.named_scope(f"pool_{i - 1}"):
+      x_CD = self.take(state.encoded_BD[i - 2])
+      return network.pool(self.weights, self.config, i - 1, x_CD)
+
   def expand(self, state, i):
     """Stage i's expanding path at its newest position (1-based i)."""
     up_COD = self.take(state.up_BOD[i - 1])
     offset_C = self.take(state.offset_BN)[:, i - 1]
-    x_CD = network.at_offset(self.config, up_COD, offset_C)
+    with jax.named_scope(f"upsample_{i}"):
+      x_CD = network.at_offset(self.config, up_COD, offset_C)
     if self.config.stages[i - 1].skip:
       x_CD += self.take(state.encoded_BD[i - 1])
     return self.run_stack(state, f"expand_{i}", x_CD)
@@ -197,8 +206,9 @@ class Call:
 
   def leave(self, state, i, x_CE):
     """Stage i is through; its vector goes up to stage i - 1."""
-    up_COD = network.upsample(self.weights, self.config, i - 1, x_CE)
-    up_BOD = self.put(state.up_BOD[i - 2], up_COD)
+    with jax.named_scope(f"upsample_{i - 1}"):
+      up_COD = network.upsample(self.weights, self.config, i - 1, x_CE)
+      up_BOD = self.put(state.up_BOD[i - 2], up_COD)
     above = 0 if i == 2 else 2 * self.config.num_stages - i
     phase_C = jnp.full(self.rows_C.shape, above, jnp.int32)
     return state._replace(
@@ -219,10 +229,14 @@ def _byte_phase(
   N = config.num_stages
   h_CD = call.take(state.encoded_BD[0]) if N == 1 else call.expand(state, 1)
   count_C = call.take(state.count_B)
-  choice, byte_C, logprob_C, stop_C = choose(
-    state.choice, network.logits(weights, config, h_CD), count_C, call.rows_C
-  )
-  splitter_CZ, level_C = splitter_step(call.take(state.splitter_BZ), byte_C)
+  with jax.named_scope("head"):
+    logits_CV = network.logits(weights, config, h_CD)
+  with jax.named_scope("sampling"):
+    choice, byte_C, logprob_C, stop_C = choose(
+      state.choice, logits_CV, count_C, call.rows_C
+    )
+  with jax.named_scope("splitting"):
+    splitter_CZ, level_C = splitter_step(call.take(state.splitter_BZ), byte_C)
   if use_level_head:
     level_C = network.predicted_level(weights, config, h_CD, byte_C)
   stop_C |= count_C + 1 >= call.take(state.limit_B)
@@ -247,9 +261,10 @@ def _byte_phase(
     level_B=call.put(state.level_B, level_C),
   )
   state = call.advance(state, 1)
-  x_CD, recent_CM = network.embed(
-    weights, config, byte_C, call.take(state.recent_BM)
-  )
+  with jax.named_scope("embedding"):
+    x_CD, recent_CM = network.embed(
+      weights, config, byte_C, call.take(state.recent_BM)
+    )
   if config.ngram_rows:
     state = state._replace(recent_BM=call.put(state.recent_BM, recent_CM))
   x_CD = call.run_stack(state, "deepest" if N == 1 else "contract_1", x_CD)
@@ -260,8 +275,7 @@ def _byte_phase(
 
 
 def _contract_phase(call: Call, i, state, output):
-  x_CD = call.take(state.encoded_BD[i - 2])
-  x_CE = network.pool(call.weights, call.config, i - 1, x_CD)
+  x_CE = call.pool(state, i)
   state = call.advance(state, i)
   x_CE = call.run_stack(state, f"contract_{i}", x_CE)
   return call.enter(state, i, x_CE), output
@@ -269,8 +283,7 @@ def _contract_phase(call: Call, i, state, output):
 
 def _deepest_phase(call: Call, state, output):
   N = call.config.num_stages
-  x_CD = call.take(state.encoded_BD[N - 2])
-  x_CE = network.pool(call.weights, call.config, N - 1, x_CD)
+  x_CE = call.pool(state, N)
   state = call.advance(state, N)
   x_CE = call.run_stack(state, "deepest", x_CE)
   return call.leave(state, N, x_CE), output
@@ -292,7 +305,7 @@ def _phases(
     def run_phase(state, output, waits_B, caches):
       of_bytes = work is _byte_phase
       block = schedule.byte_block if of_bytes else schedule.block
-      rows_C = _block_rows(state, waits_B, block)
+      rows_C = block_rows(state, waits_B, block)
       call = Call(weights, config, caches, rows_C)
       state, output = work(call, *arguments, state, output)
       return state, output, call.all_writes(waits_B.shape[0], schedule)
@@ -311,7 +324,7 @@ def _phases(
 # ----- the loop -------------------------------------------------------------
 
 
-def _next_phase(state: State, schedule: Schedule, P: int):
+def next_phase(state: State, schedule: Schedule, P: int):
   """The phase to run: scalar int32, and who waits for it: bool (B,)."""
   waits_PB = jnp.arange(P)[:, None] == state.phase_B[None]
   waits_PB &= ~state.done_B[None]
@@ -328,7 +341,7 @@ def _next_phase(state: State, schedule: Schedule, P: int):
   return phase, waits_PB[phase]
 
 
-def _block_rows(state, waits_B, block):
+def block_rows(state, waits_B, block):
   """int32 (C,): rows that wait, those with fewest bytes first; B = none."""
   B = waits_B.shape[0]
   row_B = jnp.arange(B, dtype=jnp.int32)
@@ -377,7 +390,7 @@ def run(
 
   def take_turn(carry):
     turn, state, output = carry
-    phase, waits_B = _next_phase(state, schedule, P)
+    phase, waits_B = next_phase(state, schedule, P)
     num_rows = jnp.minimum(waits_B.sum(dtype=jnp.int32), block_P[phase])
     state = state._replace(
       calls_P=state.calls_P.at[phase].add(1),
@@ -389,11 +402,13 @@ def run(
       state, output, writes = phases[0](*arguments)
     else:
       state, output, writes = jax.lax.switch(phase, phases, *arguments)
-    caches = {
-      name: Stack.write(config.stages[i], caches[name], writes[name])
-      for name, i in network.stack_names(config).items()
-    }
-    return turn + 1, state._replace(caches=caches), output
+    written = {}
+    for name, i in network.stack_names(config).items():
+      with jax.named_scope(f"{name}/cache_write"):
+        written[name] = Stack.write(
+          config.stages[i], caches[name], writes[name]
+        )
+    return turn + 1, state._replace(caches=written), output
 
   carry = (jnp.zeros((), jnp.int32), state, output)
   _, state, output = jax.lax.while_loop(unfinished, take_turn, carry)

@@ -340,7 +340,7 @@ def take_steps(
   watch.lap()
   while step < last and not stopping:
     step += 1
-    recorder.before(step)
+    recorder.before(step, step_fn.as_text)
     train_state, device_metrics = step_fn(train_state, batch)
     position = setup.loader.get_state()  # before the batch after this
     batch = fetch() if step < last else None

@@ -1,5 +1,6 @@
 """Recording some steps for TensorBoard and xprof."""
 
+import gzip
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import jax
 from aunet_jax.workdir import buckets
 from aunet_jax.workdir.buckets import BucketPath
 
+PROGRAM_FILE = "step.hlo.gz"  # beside the recordings: the text of the program
 REQUEST_FILE = "profile_now"  # in the workdir; whoever wants a profile makes it
 REQUESTED_STEPS = 5
 LOOK_SECONDS = 5  # between two looks for it
@@ -52,15 +54,28 @@ class Recorder:
           self._listens = False
           _say_none(error)
 
-  def before(self, step: int) -> None:
+  def before(self, step: int, program: Callable[[], str]) -> None:
+    """Args: program: gives the text of what the step runs."""
     if self._steps is not None and not self._running:
       if self._steps[0] <= step <= self._steps[1]:
+        self._keep(program)
         try:
           jax.profiler.start_trace(str(self._mirror.here))
           self._running = True
         except RuntimeError as error:
           self._steps = None
           _say_none(error)
+
+  def _keep(self, program: Callable[[], str]) -> None:
+    """Where in the model an instruction comes from, only its program says."""
+    if jax.process_index() != 0:
+      return
+    try:
+      self._mirror.here.mkdir(parents=True, exist_ok=True)
+      text = gzip.compress(program().encode(), compresslevel=1)
+      (self._mirror.here / PROGRAM_FILE).write_bytes(text)
+    except (RuntimeError, OSError) as error:
+      print(f"no program with the profile: {error}", file=sys.stderr)
 
   def after(self, step: int, device_metrics: dict, say: Callable) -> None:
     if self._running and step >= self._steps[1]:

@@ -151,6 +151,7 @@ def test_a_tpu_slice_is_compiled_for_without_one():
   status, result = compile_for(
     "v5e:2x4",
     "--what=both",
+    "--time",
     "--config.mesh.fsdp=4",
     "--config.mesh.tensor=2",
     "--config.model.dtype=bfloat16",
@@ -159,6 +160,15 @@ def test_a_tpu_slice_is_compiled_for_without_one():
   for program in result["programs"].values():
     assert 0 < program["memory"]["margin"] < 1
   assert result["programs"]["train"]["collectives"]["by_kind"]
+  train, decode = (result["programs"][x]["time"] for x in ("train", "decode"))
+  assert train.keys() - {"predicted_useful_mfu"} <= decode.keys()
+  assert decode["method"] == "compiler" and decode["bytes_per_second"] > 0
+  assert sum(phase["share"] for phase in decode["phases"]) == pytest.approx(1)
+  parts = {(part["stage"], part["part"]) for part in decode["parts"]}
+  for stage in (1, 2):
+    for part in ("attention with cache", "feed-forward", "cache updates"):
+      assert (stage, part) in parts
+  assert {(1, "pool"), (None, "head"), (None, "sampling")} <= parts
 
 
 @pytest.mark.slow

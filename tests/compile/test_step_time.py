@@ -73,6 +73,29 @@ def test_products_and_kernels_count_their_flops():
   assert kernel["flops_share"] == 3e4 / (3e4 + product["flops"])
 
 
+def test_branches_count_as_often_as_they_are_taken():
+  text = PROGRAM.replace(
+    "true_computation=%cheap, false_computation=%dear",
+    "branch_computations={%cheap, %dear}",
+  )
+  parts = by_part(step_time.predict(text, RATES, DEVICE, 2, shares=(0.9, 0.1)))
+  assert parts[None, "optimizer", "update"] == pytest.approx(0.1 * 70 + 11)
+  cheap = 0.9 * 7 + 5  # its branch has no path: copies and layout
+  assert parts[None, "copies and layout", "update"] == pytest.approx(cheap)
+  # A conditional of another number of branches: the dearest.
+  same = step_time.predict(text, RATES, DEVICE, 2, shares=(0.5, 0.3, 0.2))
+  assert by_part(same) == by_part(predict())
+
+
+def test_a_turn_has_its_share_of_what_a_call_does_once():
+  text = PROGRAM.replace("constant(3)", "negate(%i)")
+  time = step_time.predict(text, RATES, DEVICE, 2, turns=10)
+  assert time["loops_counted_once"] == ["while.1"]
+  parts = by_part(time)
+  assert parts[1, "projections", "forward"] == pytest.approx(40)
+  assert parts[None, "optimizer", "update"] == pytest.approx((70 + 11) / 10)
+
+
 STARTED = """HloModule jit_f, is_scheduled=true
 
 %body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
@@ -166,6 +189,30 @@ def test_a_loop_that_data_end_is_named():
 def test_a_path_says_stage_part_and_pass(path, expected):
   x = step_time.Instruction("a", "fusion", path, 1, 1.0, 0.0, 0.0)
   assert step_time.place(x, 3) == expected
+
+
+@pytest.mark.parametrize(
+  ("path", "expected"),
+  [
+    ("branch_0_fun/expand_1/attention/with_cache/dot", "attention with cache"),
+    ("branch_0_fun/expand_1/attention/dot", "attention, around the kernel"),
+    ("branch_1_fun/deepest/ffn/dot_general", "feed-forward"),
+    ("branch_1_fun/deepest/ffn_norm/mul", "norms"),
+    ("branch_1_fun/pool_1/dot_general", "pool"),
+    ("branch_1_fun/upsample_1/dot_general", "upsample"),
+    ("branch_0_fun/head/dot_general", "head"),
+    ("branch_0_fun/sampling/cond/sort", "sampling"),
+    ("branch_0_fun/splitting/gather", "splitting"),
+    ("branch_0_fun/embedding/gather", "embedding"),
+    ("contract_1/cache_write/scatter", "cache updates"),
+    ("branch_0_fun/expand_1/add", "residuals"),
+    ("branch_0_fun/add", "schedule and state"),
+  ],
+)
+def test_a_path_of_decoding_says_its_part(path, expected):
+  path = f"jit(run)/while/body/cond/{path}"
+  x = step_time.Instruction("a", "fusion", path, 1, 1.0, 0.0, 0.0)
+  assert step_time.place(x, 2, training=False)[1:] == (expected, "forward")
 
 
 def test_two_reports_are_compared(tmp_path, capsys):

@@ -493,7 +493,7 @@ def test_the_phase_that_brings_rows_back_to_bytes_soonest_runs(
   phase_B, done_B = jnp.array(phases), jnp.array(done, bool)
   state = Waiting(phase_B, done_B, jnp.zeros(4, jnp.int32))
   schedule = decode.Schedule(byte_block=4, block=2, wait=wait)
-  phase, waits_B = decode._next_phase(state, schedule, 4)
+  phase, waits_B = decode.next_phase(state, schedule, 4)
   assert phase == expected
   assert waits_B.tolist() == ((phase_B == phase) & ~done_B).tolist()
 
@@ -502,10 +502,10 @@ def test_a_block_takes_the_rows_with_fewest_bytes():
   count_B = jnp.array([5, 1, 3, 0], jnp.int32)
   state = Waiting(jnp.zeros(4, jnp.int32), jnp.zeros(4, bool), count_B)
   waits_B = jnp.array([True, True, True, False])
-  assert decode._block_rows(state, waits_B, 2).tolist() == [1, 2]
-  assert decode._block_rows(state, waits_B, 4).tolist() == [0, 1, 2, 4]
+  assert decode.block_rows(state, waits_B, 2).tolist() == [1, 2]
+  assert decode.block_rows(state, waits_B, 4).tolist() == [0, 1, 2, 4]
   few_B = jnp.array([True, False, False, False])
-  assert decode._block_rows(state, few_B, 3).tolist() == [0, 4, 4]
+  assert decode.block_rows(state, few_B, 3).tolist() == [0, 4, 4]
 
 
 @pytest.mark.parametrize(
