@@ -12,7 +12,7 @@ in memory and in where they run:
 
 `auto` picks by the platform of the devices that will run the program: those
 of the mesh in context, so that a program compiled ahead of time for TPUs on a
-CPU host gets the TPU's kernel. On GPUs it is xla, unless `trial` has put a
+CPU host gets the TPU's kernel. On GPUs it is xla, unless `kernels` has put a
 kernel in its place that was tried on the device. No GPU kernel that JAX ships
 has windows and documents both: its cuDNN one takes documents only as a bias of
 L^2 numbers, its Pallas one has no window and no groups of heads.

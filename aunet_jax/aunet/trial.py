@@ -1,12 +1,10 @@
-"""Which attention kernel `auto` is on a GPU: each is tried there first.
+"""Tries attention kernels on a GPU: which are right there, and how fast.
 
 A kernel is taken on a device only after it has shown itself right and fast on
-that device. Before a run starts, each candidate (`xla`, and our kernel with
-each of `attention_gpu.TILES`) computes values and gradients for a small packed
-batch of the stage's own shape. They are compared with the reference in
-float32 and timed; the fastest one that is right is taken. The result is kept
-in the user's cache folder, by device, driver, versions, the kernel's code and
-the shape, so the next start does not repeat it.
+that device (`kernels`). Each candidate (`xla`, and our kernel with each of
+`attention_gpu.TILES`) computes values and gradients for a small packed batch of
+a stage's own shape. They are compared with the reference in float32 and timed;
+the fastest one that is right wins.
 
 *Right*: no position's vector (of the values, or of the gradient of queries,
 keys or values) differs from the reference by more than FLOORS of its size, or
@@ -15,14 +13,11 @@ since one key too many would hide in an error over the largest entry.
 
 The candidates run in a process of their own (`python -m
 aunet_jax.aunet.trial`): a kernel that has never run on a device may end the
-process, hang, or leave the device unusable to it. Whatever goes wrong there,
-the run goes on with `xla`, and says why.
+process, hang, or leave the device unusable to it.
 
 Letters: B batch, L positions, H query heads, G key/value heads, K head dim.
 """
 
-import dataclasses
-import hashlib
 import json
 import os
 import subprocess
@@ -35,15 +30,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.extend import backend
 
 from aunet_jax import files
-from aunet_jax.aunet import attention, attention_gpu, sharding
-from aunet_jax.config import ATTENTIONS, ModelConfig
+from aunet_jax.aunet import attention, attention_gpu
 
 NUM_ROWS = 2
-MOST_SCORES = 2**28  # that xla makes for the batch: 1 GiB in float32
 SECONDS = 300  # for one process of a trial; some kernels take long to compile
 # Of a vector's size. bfloat16 has 8 bits, and a few roundings add up.
 FLOORS = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -224,9 +215,14 @@ def serve(request: str, timer: Callable = seconds) -> Iterator[str]:
   """What the other process writes: a line when it is ready, then one for each
   candidate, up to the first that fails, after which nothing can be trusted.
 
-  Args: request: JSON of {"shape": Shape, "kernels": names}.
+  Args: request: JSON of {"shape": Shape, "kernels": names, "device": kind}.
+  Raises: TrialError where JAX has another device here: it takes the CPU where
+    it cannot have the GPU.
   """
   values = json.loads(request)
+  kind = jax.local_devices()[0].device_kind
+  if kind != values["device"]:
+    raise TrialError(f"the trial has {kind!r}, not {values['device']!r}")
   shape = Shape(*values["shape"])
   inputs = batch(shape)
   expected = reference(shape, inputs)
@@ -260,7 +256,8 @@ def _start(shape: Shape, names: Sequence[str]) -> tuple[list[dict], str]:
       jax.local_devices()[0].local_hardware_id,
     ),
   }
-  request = json.dumps({"shape": shape, "kernels": names})
+  kind = jax.local_devices()[0].device_kind
+  request = json.dumps({"shape": shape, "kernels": names, "device": kind})
   try:
     done = subprocess.run(
       [sys.executable, "-m", "aunet_jax.aunet.trial"],
@@ -275,7 +272,8 @@ def _start(shape: Shape, names: Sequence[str]) -> tuple[list[dict], str]:
       last = (done.stderr.strip().splitlines() or [""])[-1]
       end = f"ended with status {done.returncode}: {last}"
   except subprocess.TimeoutExpired as error:
-    out = (error.stdout or b"").decode(errors="replace")
+    out = error.stdout or b""
+    out = out if isinstance(out, str) else out.decode(errors="replace")
     end = f"not done in {SECONDS} s"
   lines = [line for line in out.splitlines() if line.startswith("{")]
   return [files.parse_json(line) for line in lines], end
@@ -304,192 +302,6 @@ def measure(
     if names and (end or len(lines) == 1):
       tried[names.pop(0)] = Tried(None, None, end or "it gave no answer")
   return tried
-
-
-# ----- what is kept ---------------------------------------------------------
-
-
-def _driver() -> str:
-  """Of the NVIDIA kernel module, where this machine says it."""
-  try:
-    return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-  except (OSError, IndexError):
-    return ""
-
-
-def _code() -> str:
-  digest = hashlib.blake2b(digest_size=8)
-  for module in (attention.__file__, attention_gpu.__file__, __file__):
-    digest.update(Path(module).read_bytes())
-  return digest.hexdigest()
-
-
-def setting() -> dict[str, str]:
-  """All but the shape that decides how a kernel does on this machine."""
-  return {
-    "device": jax.local_devices()[0].device_kind,
-    "driver": _driver(),
-    "runtime": backend.get_backend().platform_version,
-    "jax": jax.__version__,
-    "flags": os.environ.get("XLA_FLAGS", ""),
-    "code": _code(),
-  }
-
-
-def _hash(value) -> str:
-  text = json.dumps(value, sort_keys=True)
-  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def read_kept(path: Path, key: dict, say) -> dict[str, Tried] | None:
-  """What was kept for that key; None where nothing of use was."""
-  try:
-    values = files.parse_json(path.read_text())
-    if values["key"] != key:
-      raise ValueError("it is of something else")
-    tried = {name: Tried(**one) for name, one in values["tried"].items()}
-    choose(key["shape"][-1], tried)
-    return tried
-  except FileNotFoundError:
-    return None
-  except (
-    OSError, ValueError, TypeError, KeyError, AttributeError
-  ) as error:  # fmt: skip
-    reason = f"{type(error).__name__}: {error}"
-    say(f"{path} is damaged and ignored ({reason}); kernels are tried again")
-    return None
-
-
-def _for_now(tried: Mapping[str, Tried]) -> bool:
-  """Whether a failure may be gone at the next start: others had the memory."""
-  failures = [one.failure or "" for one in tried.values()]
-  return any(
-    "RESOURCE_EXHAUSTED" in x and "hared mem" not in x for x in failures
-  )
-
-
-def tried_once(
-  shape: Shape, here: dict, folder: Path, say, measure=measure
-) -> dict[str, Tried]:
-  """How the candidates do, as kept in `folder` or measured now.
-
-  Raises: TrialError where nothing is kept, and nothing could be tried.
-  """
-  key = {**here, "shape": list(shape)}
-  path = folder / f"{_hash(key)}.json"
-  tried = read_kept(path, key, say)
-  if tried is not None:
-    return tried
-  say(f"trying attention kernels on this GPU, once for {shape}")
-  tried = measure(shape)
-  if not _for_now(tried):
-    values = {name: one._asdict() for name, one in tried.items()}
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-      files.write_whole(path, json.dumps({"key": key, "tried": values}))
-    except OSError as error:
-      say(f"how attention kernels did is not kept: {error}")
-  return tried
-
-
-# ----- a run's kernels ------------------------------------------------------
-
-
-def shapes(model: ModelConfig, tensor: int) -> dict[int, Shape]:
-  """Of the stages (from 0) whose kernel is to be found.
-
-  Args: tensor: devices that heads are split over.
-  """
-  found = {}
-  for i, stage in enumerate(model.stages):
-    if stage.attention != "auto":
-      continue
-    length = stage.capacity
-    heads = stage.num_heads // tensor
-
-    def scores(length, stage=stage, heads=heads):
-      pairs = attention.multiplied_pairs("xla", length, stage.window)
-      return NUM_ROWS * heads * pairs
-
-    while length > 1 and scores(length) > MOST_SCORES:
-      length //= 2
-    found[i] = Shape(
-      length,
-      heads,
-      stage.kv_heads // tensor,
-      stage.head_dim,
-      stage.window,
-      model.dtype,
-    )
-  return found
-
-
-def _decide(wanted: dict[int, Shape], say, measure) -> dict[int, str]:
-  """Kernel of each stage; says why, in one line."""
-  kernels, reasons, done = {}, [], {}
-  try:
-    here, folder = setting(), files.cache_folder() / "attention"
-    for i, shape in wanted.items():
-      if shape not in done:
-        tried = tried_once(shape, here, folder, say, measure)
-        done[shape] = choose(shape.dtype, tried)
-      kernels[i], why = done[shape]
-      reasons.append(f"stage {i + 1} {kernels[i]} ({why})")
-  except (TrialError, OSError, RuntimeError) as error:
-    kernels = dict.fromkeys(wanted, "xla")
-    reasons = [f"xla: no kernel could be tried ({error})"]
-  say(f"attention, auto on this GPU: {'; '.join(reasons)}")
-  return kernels
-
-
-def resolve(
-  model: ModelConfig,
-  mesh: jax.sharding.Mesh | None = None,
-  *,
-  kept: dict | None = None,
-  say: Callable[[str], None] = print,
-  measure: Callable[[Shape], dict[str, Tried]] = measure,
-) -> tuple[ModelConfig, dict | None]:
-  """The model with a kernel that was tried in place of each `auto`, on GPUs.
-
-  Elsewhere the model as it is: there the platform says what `auto` means.
-  Every process of a run must call it; all take what process 0 finds.
-
-  Args:
-    mesh: that the model will run on; None = the default device.
-    kept: what `resolve` gave beside the model when the run began: a run keeps
-      its kernels where nothing has changed, so that a resume is exact.
-    say: takes a line; called by process 0 alone.
-    measure: see there.
-  Returns: the model, and what to keep of it, JSON-able; None = nothing.
-  """
-  if sharding.platform(mesh) != "gpu":
-    return model, None
-  wanted = shapes(model, 1 if mesh is None else mesh.shape["tensor"])
-  if not wanted:
-    return model, None
-  names = {i: ATTENTIONS.index("xla") for i in wanted}
-  devices = jax.local_devices()[:1] if mesh is None else mesh.devices.flat
-  if len({device.device_kind for device in devices}) > 1:
-    if jax.process_index() == 0:
-      say("attention: the devices are not all of one kind; auto is xla")
-  elif jax.process_index() == 0:
-    key = _hash([setting(), list(wanted.items())])
-    if kept is not None and kept.get("key") == key:
-      found = dict(zip(wanted, kept["kernels"], strict=True))
-    else:
-      found = _decide(wanted, say, measure)
-    names = {i: ATTENTIONS.index(name) for i, name in found.items()}
-  agreed = np.array(list(names.values()), np.int32)
-  if jax.process_count() > 1:
-    agreed = multihost_utils.broadcast_one_to_all(agreed)
-  kernels = [ATTENTIONS[number] for number in agreed]
-  stages = list(model.stages)
-  for i, kernel in zip(wanted, kernels, strict=True):
-    stages[i] = dataclasses.replace(stages[i], attention=kernel)
-  model = dataclasses.replace(model, stages=tuple(stages))
-  key = _hash([setting(), list(wanted.items())])
-  return model, {"key": key, "kernels": kernels}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from pathlib import Path
 
 from aunet_jax import config as config_lib
 from aunet_jax import files, terminal
-from aunet_jax.aunet import sharding, trial
+from aunet_jax.aunet import kernels, sharding
 from aunet_jax.compile import measured, picture, programs, step_time
 from aunet_jax.compile.report import profiled, report, table
 from aunet_jax.train import setup
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     "slices": args.slices,
   }
   if args.topology is None:  # what training here would run
-    model, _ = trial.resolve(config.model, mesh, say=say)
+    model, _ = kernels.resolve(config.model, mesh, say=say)
     config = dataclasses.replace(config, model=model)
   if args.profile is not None:
     program = profiled(config, mesh, profile, time_parts=args.time, say=say)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from aunet_jax.aunet import attention, counts, devices, sharding, trial
+from aunet_jax.aunet import attention, counts, devices, kernels, sharding
 from aunet_jax.config import Config
 from aunet_jax.data import building
 from aunet_jax.data.corpora import Corpus, open_corpora
@@ -312,7 +312,7 @@ def set_up(
       made_by = workdir if branched is None else branched.workdir
       check_identity(host, config, made_by, splitter, tokenizer, corpus)
 
-  model, kernels = trial.resolve(
+  model, chosen = kernels.resolve(
     config.model, mesh, kept=host.get("attention"), say=say
   )
   say(attention.describe(model.stages, sharding.platform(mesh)))
@@ -375,5 +375,5 @@ def set_up(
       "heldout_fingerprint": heldout and heldout.fingerprint,
       "tokenizer_hash": None if tokenizer is None else tokenizer.hash,
     }
-    | ({} if kernels is None else {"attention": kernels}),
+    | ({} if chosen is None else {"attention": chosen}),
   )

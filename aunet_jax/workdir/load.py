@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from aunet_jax.aunet import devices, sharding, trial
+from aunet_jax.aunet import devices, kernels, sharding
 from aunet_jax.aunet.network import AUNet, abstract_params
 from aunet_jax.config import Config
 from aunet_jax.data.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def load(
   """Reads the model of the newest undamaged checkpoint.
 
   A newer one whose model is damaged is named on stderr, and left as it is. On
-  GPUs the model gets the attention kernels that `trial` finds.
+  GPUs the model gets the attention kernels that `kernels` finds.
 
   Args:
     mesh: where to put the parameters; None = the first device.
@@ -112,7 +112,7 @@ def load(
   with ocp.CheckpointManager(directory) as manager:
     params = read_items(manager, step, {"params": target})["params"]
   # The kernels it was trained with may not run on the devices here.
-  model, _ = trial.resolve(model.with_attention("auto"), mesh, say=_say)
+  model, _ = kernels.resolve(model.with_attention("auto"), mesh, say=_say)
   config = dataclasses.replace(config, model=model)
   tokenizer = None
   if config.data.tokenizer is not None:

@@ -1,6 +1,5 @@
 """What `auto` is on a GPU, with candidates that run on a CPU in their place."""
 
-import dataclasses
 import functools
 import json
 
@@ -8,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from aunet_jax.aunet import attention, attention_gpu, sharding, trial
-from aunet_jax.config import MeshConfig, ModelConfig, StageConfig
+from aunet_jax.aunet import attention, attention_gpu, trial
 
 SHAPE = trial.Shape(
   length=200, heads=4, kv_heads=2, head_dim=8, window=32, dtype="bfloat16"
@@ -124,7 +122,7 @@ def test_every_size_of_tiles_is_right(tiles):
 
 def serve(shape, names):
   """In this process, where our kernel does not compile."""
-  request = json.dumps({"shape": shape, "kernels": names})
+  request = json.dumps({"shape": shape, "kernels": names, "device": "cpu"})
   return list(map(json.loads, trial.serve(request, lambda run: 1.0))), ""
 
 
@@ -171,140 +169,14 @@ def test_the_other_process_sees_the_gpu_of_this_one():
   assert trial.visible("6,GPU-5f", 1) == "GPU-5f"
 
 
+def test_a_trial_on_another_device_is_none():
+  request = {"shape": SHAPE, "kernels": ["xla"], "device": "NVIDIA H100"}
+  with pytest.raises(trial.TrialError, match="'cpu', not 'NVIDIA H100'"):
+    next(trial.serve(json.dumps(request)))
+
+
 @pytest.mark.slow
 def test_a_real_process_tries_and_survives():
   tried = trial.measure(SHAPE)
   assert tried["xla"].seconds > 0
   assert all("interpret mode" in tried[x].failure for x in attention_gpu.TILES)
-
-
-# ----- what is kept, and what a run takes -----------------------------------
-
-STAGE = StageConfig(
-  dim=32, num_layers=1, head_dim=8, window=32, capacity=200, num_kv_heads=2
-)
-COARSE = dataclasses.replace(STAGE, window=None, capacity=100, rule="word@1")
-MODEL = ModelConfig(stages=(STAGE, COARSE))
-
-
-@pytest.fixture
-def on_gpu(monkeypatch, tmp_path):
-  """The platform alone; returns what was said and what was measured."""
-  monkeypatch.setattr(sharding, "platform", lambda mesh=None: "gpu")
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  said, measured = [], []
-
-  def measure(shape):
-    measured.append(shape)
-    none = dict.fromkeys(trial.PARTS, 0.0)
-    return {
-      name: trial.Tried(2.0 - (name == "triton_64"), none, None)
-      for name in trial.candidates(shape)
-    }
-
-  def resolve(model=MODEL, **more):
-    more.setdefault("measure", measure)
-    return trial.resolve(model, say=said.append, **more)
-
-  return resolve, said, measured, tmp_path / "aunet_jax" / "attention"
-
-
-def kernels(model):
-  return [stage.attention for stage in model.stages]
-
-
-def test_each_shape_is_tried_once_and_kept(on_gpu):
-  resolve, said, measured, folder = on_gpu
-  model, record = resolve()
-  assert kernels(model) == ["triton_64", "triton_64"]
-  assert measured == [SHAPE, SHAPE._replace(length=100, window=None)]
-  assert "stage 1 triton_64 (1e+03 ms" in said[-1] and "\n" not in said[-1]
-  assert resolve() == (model, record)
-  three = dataclasses.replace(MODEL, stages=(STAGE, COARSE, COARSE))
-  resolve(three)
-  assert len(measured) == 2 and len(list(folder.iterdir())) == 2
-
-
-def test_a_damaged_file_is_said_and_ignored(on_gpu):
-  resolve, said, measured, folder = on_gpu
-  model, _ = resolve()
-  for damage in ("{", "[]", '{"key": 1}', '{"key": 1, "tried": {}}'):
-    said.clear()
-    for path in folder.iterdir():
-      path.write_text(damage)
-    assert resolve()[0] == model
-    assert sum("is damaged and ignored" in line for line in said) == 2
-    assert not [x for x in said if "damaged" in x and str(folder) not in x]
-  assert len(measured) == 10
-
-
-def test_other_versions_or_devices_try_again(on_gpu, monkeypatch):
-  resolve, _, measured, _ = on_gpu
-  _, record = resolve()
-  here = trial.setting()
-  monkeypatch.setattr(trial, "setting", lambda: here | {"driver": "999"})
-  assert resolve(kept=record)[1]["key"] != record["key"]
-  assert len(measured) == 4
-
-
-def test_a_run_that_goes_on_keeps_its_kernels(on_gpu):
-  resolve, said, measured, _ = on_gpu
-  _, record = resolve()
-  kept = json.loads(json.dumps(record)) | {"kernels": ["xla", "triton"]}
-  model, again = resolve(kept=kept)
-  assert kernels(model) == ["xla", "triton"] == again["kernels"]
-  assert len(measured) == 2
-
-
-def test_what_cannot_be_tried_is_xla_and_said(on_gpu):
-  resolve, said, _, folder = on_gpu
-
-  def fail(shape):
-    raise trial.TrialError("the GPU is in use")
-
-  assert kernels(resolve(measure=fail)[0]) == ["xla", "xla"]
-  assert said[-1].endswith("no kernel could be tried (the GPU is in use)")
-  assert not folder.exists()
-
-
-def test_memory_that_others_had_is_no_verdict(on_gpu):
-  resolve, _, _, folder = on_gpu
-  full = "XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory"
-
-  def measure(shape, failure=full):
-    return {
-      name: trial.Tried(None, None, failure) for name in trial.candidates(shape)
-    }
-
-  assert kernels(resolve(measure=measure)[0]) == ["xla", "xla"]
-  assert not folder.exists()
-  shared = "XlaRuntimeError: RESOURCE_EXHAUSTED: Shared memory size limit"
-  resolve(measure=functools.partial(measure, failure=shared))
-  assert len(list(folder.iterdir())) == 2
-
-
-def test_explicit_choices_and_other_platforms_are_left_alone(on_gpu):
-  resolve, _, measured, _ = on_gpu
-  one = dataclasses.replace(STAGE, attention="xla")
-  mixed = dataclasses.replace(MODEL, stages=(one, COARSE))
-  assert kernels(resolve(mixed)[0]) == ["xla", "triton_64"]
-  assert len(measured) == 1
-  assert resolve(MODEL.with_attention("triton")) == (
-    MODEL.with_attention("triton"),
-    None,
-  )
-
-
-def test_elsewhere_auto_stays_with_the_platform():
-  mesh = sharding.make_mesh(MeshConfig())
-  assert trial.resolve(MODEL, mesh, measure=pytest.fail) == (MODEL, None)
-
-
-def test_a_shape_is_that_of_one_device_and_fits_its_memory():
-  wide = dataclasses.replace(STAGE, window=None, capacity=65536)
-  model = dataclasses.replace(MODEL, stages=(wide,), dtype="float32")
-  assert trial.shapes(model, tensor=2) == {
-    0: trial.Shape(8192, 2, 1, 8, None, "float32")
-  }
-  wider = SHAPE._replace(head_dim=256)
-  assert trial.candidates(wider) == ("xla",)
