@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import json
+import types
 
+import jax
+import numpy as np
 import pytest
 
 from aunet_jax.aunet import kernels, sharding, trial
@@ -138,3 +141,30 @@ def test_a_shape_is_that_of_one_device_and_fits_its_memory():
   }
   wider = SHAPE._replace(head_dim=256)
   assert trial.candidates(wider) == ("xla",)
+
+
+def test_every_process_takes_what_the_first_one_finds(on_gpu, monkeypatch):
+  resolve, said, measured, _ = on_gpu
+  sent = []
+
+  def broadcast(numbers):
+    sent.append(numbers)
+    return sent[0]
+
+  multihost = kernels.multihost_utils
+  monkeypatch.setattr(multihost, "broadcast_one_to_all", broadcast)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  first, _ = resolve()
+  said.clear()
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  second, _ = resolve(measure=pytest.fail)
+  assert second == first and chosen(first) == ["triton_64", "triton_64"]
+  assert len(sent) == 2 and not said
+
+
+def test_devices_of_different_kinds_keep_xla(on_gpu):
+  resolve, said, _, _ = on_gpu
+  devices = [types.SimpleNamespace(device_kind=kind) for kind in "ab"]
+  mesh = types.SimpleNamespace(devices=np.array(devices), shape={"tensor": 1})
+  model, _ = resolve(mesh=mesh, measure=pytest.fail)
+  assert chosen(model) == ["xla", "xla"] and "not all of one kind" in said[-1]
