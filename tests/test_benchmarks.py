@@ -10,11 +10,13 @@ import pytest
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import counts
 from aunet_jax.data import parts
+from aunet_jax.scaling import draw
 from benchmarks import (
   attention,
   compare_models,
   indexing,
   page,
+  recipes,
   suite,
   upsample,
   where_time_goes,
@@ -155,3 +157,45 @@ def test_compared_models_cost_the_same_a_byte(name):
   }[name]  # fmt: skip
   flops = counts.useful_train_flops(model, positions) / 1004
   assert flops == pytest.approx(3.37e6, rel=0.02)
+
+
+@pytest.mark.parametrize("name", recipes.LADDERS)
+def test_models_of_a_ladder_spend_the_same_compute(name):
+  for size, budget in enumerate(recipes.BUDGETS):
+    flag = f"--config={recipes.__file__}:{name}/{size}"
+    c = config_lib.parse_flags([flag])
+    units = recipes.ROW_BYTES / (recipes.TOKEN_BYTES if name == "bpe" else 1)
+    words = recipes.ROW_BYTES / recipes.WORD_BYTES
+    positions = [units, words, words / 2][: c.model.num_stages]
+    assert all(
+      n <= k for n, k in zip(positions, c.model.capacities, strict=True)
+    )
+    step = counts.useful_train_flops(c.model, positions) * c.train.batch_size
+    assert step * c.train.num_steps == pytest.approx(budget, rel=0.005)
+
+
+def test_the_share_of_bytes_that_a_recipe_needs():
+  curve = [(0.1, 3.0), (0.2, 2.0), (0.3, 1.0)]
+  assert recipes.share_needed(curve, 2.5) == pytest.approx(0.15)
+  assert recipes.share_needed(curve, 4) == 0.1
+  assert recipes.share_needed(curve, 0.5) == np.inf
+  assert recipes.mean_interval([1.0, 2.0, 3.0]) == {
+    "mean": 2, "half_width": pytest.approx(2.4841, abs=1e-3)
+  }  # fmt: skip
+  assert recipes.mean_interval([1.0])["half_width"] is None
+
+
+def test_a_ladder_is_shown_from_the_runs_that_are_done():
+  cell = {
+    "model": "bytes", "recipe": "paper", "size": 0, "rate": 0.1, "seeds": 2,
+    "bits": {"mean": 2.5, "half_width": 0.1}, "useful_flops": 1e9,
+    "share_of_bytes": {"mean": 1.0, "half_width": None},
+  }  # fmt: skip
+  faster = {**cell, "recipe": "muon", "share_of_bytes": cell["bits"]}
+  sweep = {"model": "bytes", "recipe": "paper", "rate": 4e-3, "bits": 2.5}
+  result = {"cells": [cell, faster], "sweeps": [sweep]}
+  text = recipes.shown(result)
+  assert "| 1.25e+11 | paper | 2.500 ± 0.100 |" in text
+  assert text.count("2.500 ± 0.100") == 3  # and muon's bits and share
+  assert "| bytes, paper | **2.500** | – | – | – |" in text
+  assert draw.svg(recipes.chart(result)).startswith("<svg")
