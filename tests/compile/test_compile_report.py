@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from aunet_jax.aunet import counts, sharding
+from aunet_jax.aunet.devices import Device
 from aunet_jax.compile import collectives, programs
 from aunet_jax.compile import report as report_lib
 from aunet_jax.compile.report import check_flops, table, traffic
@@ -33,7 +34,13 @@ def split_run():
     *DISTINCT,
   )
   mesh = sharding.make_mesh(config.mesh)
-  return config, mesh, report_lib.report(config, mesh, what=("train", "decode"))
+  chip = Device("cpu", 100e9, 10e9, 2e9)  # its rates, for a roofline
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(report_lib.devices, "find", lambda device: chip)
+    result = report_lib.report(
+      config, mesh, what=("train", "decode"), time_parts=True
+    )
+  return config, mesh, result
 
 
 def test_it_reports_the_program_the_trainer_compiles(split_run):
@@ -49,6 +56,30 @@ def test_it_reports_the_program_the_trainer_compiles(split_run):
   found, _ = collectives.find(compiled.as_text())
   by_kind = collectives.by_kind(found)
   assert result["programs"]["train"]["collectives"]["by_kind"] == by_kind
+
+
+def test_a_turn_of_decoding_is_predicted_by_part(split_run):
+  _, mesh, result = split_run
+  train, decode = (result["programs"][x]["time"] for x in ("train", "decode"))
+  assert train.keys() - {"predicted_useful_mfu"} <= decode.keys()
+  parts = {(part["stage"], part["part"]) for part in decode["parts"]}
+  for stage in (1, 2):
+    for part in ("attention with cache", "feed-forward", "cache updates"):
+      assert (stage, part) in parts
+  assert {(1, "pool"), (1, "upsample"), (None, "head")} <= parts
+  assert (None, "sampling") in parts and (None, "optimizer") not in parts
+  byte, deep = decode["phases"]
+  assert byte["share"] + deep["share"] == pytest.approx(1)
+  assert decode["bytes_per_turn"] == byte["share"] * byte["rows"]
+  per_second = decode["bytes_per_turn"] / decode["seconds"] / mesh.size
+  assert decode["bytes_per_second"] == pytest.approx(per_second)
+  # The product of the deepest stage runs in its phase alone.
+  rows = [x for x in decode["unestimated"] if x["flops"]]
+  deepest = [x for x in rows if "/deepest/ffn/" in x["op_name"]]
+  assert deepest
+  for x in deepest:
+    assert x["times"] == pytest.approx(deep["share"])
+  assert "bytes a turn" in table(result)
 
 
 def test_flops_of_all_devices_are_those_of_the_batch(split_run):
