@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aunet_jax.aunet import sharding
 from aunet_jax.aunet.cache import HISTORY, Write
 from aunet_jax.aunet.convolution import ConvolvedAttention
 from aunet_jax.aunet.layers import SAVED, kernel, norm_of, project, rms_norm
@@ -172,6 +173,11 @@ _REMAT_POLICIES = {
 }
 
 
+# So many layers are no loop on TPUs: what a loop keeps for the backward pass is
+# copied into one array of all layers, and out again.
+_FEW_LAYERS = 4
+
+
 class Stack(nn.Module):
   """The blocks of one path of one stage, scanned: one compiled body."""
 
@@ -183,14 +189,16 @@ class Stack(nn.Module):
     tables = mixer_of(self.stage).tables(
       self.stage, self.model, piece_positions(documents_BL)
     )
-    block = Block
+    block, num_layers = Block, self.stage.num_layers
+    unroll = self.model.unroll_layers
+    if sharding.platform() == "tpu":
+      unroll = unroll or num_layers <= _FEW_LAYERS
     if self.stage.remat != "none":
       block = nn.remat(
         Block,
-        prevent_cse=self.model.unroll_layers,  # a loop cannot be merged anyway
+        prevent_cse=unroll,  # a loop cannot be merged anyway
         policy=_REMAT_POLICIES[self.stage.remat],
       )
-    num_layers = self.stage.num_layers
     scanned = nn.scan(
       block,
       # Intermediates are flax's: kept only where a caller captures them.
@@ -198,7 +206,7 @@ class Stack(nn.Module):
       split_rngs={"params": True},
       in_axes=(nn.broadcast, nn.broadcast),
       length=num_layers,
-      unroll=num_layers if self.model.unroll_layers else 1,
+      unroll=num_layers if unroll else 1,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
     x_BLD, _ = scanned(self.stage, self.model, name="blocks")(
