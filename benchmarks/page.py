@@ -193,7 +193,29 @@ def section(result: dict, name: str) -> list[str]:
     return attention_section(result)
   if "tpu_rows_over_dense" in result:
     return upsample_section(result)
+  if "stops" in result or "faults" in result:
+    return [interrupted(result), ""]
   return [f"`{result.get('command', name)}`: see the file.", ""]
+
+
+def interrupted(result: dict) -> str:
+  """What `stops` and `faults` found: they print nothing where it is wrong."""
+  what = "stops" if "stops" in result else "faults"
+  kinds = {
+    kind: found["stops"] if what == "stops" else found
+    for kind, found in sorted(result["kinds"].items())
+  }
+  listed = ", ".join(f"{kind} {number}" for kind, number in kinds.items())
+  apart = result.get("losses_apart_where_the_mesh_changed", 0)
+  return (
+    f"{result[what]} {what} ({listed}), {result['starts']} starts, "
+    f"{result['minutes']} minutes: no step lost or repeated, "
+    + (
+      f"each loss within {apart:.2g} of itself, where the mesh changed."
+      if apart
+      else "each loss the same to the last bit."
+    )
+  )
 
 
 def main() -> None:
