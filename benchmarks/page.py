@@ -159,6 +159,19 @@ def aot_section(result: dict) -> list[str]:
   return [*lines, *table(header, rows)]
 
 
+def time_section(result: dict) -> list[str]:
+  """A program compiled ahead of time, and what its compiler predicts."""
+  program = result["programs"]["train"]
+  time, needed = program["time"], program["memory"]["needed"]
+  return [
+    f"{result['when']}, `{result['command']}`: "
+    f"{time['seconds'] * 1e3:,.1f} ms a step, useful MFU "
+    f"{time['predicted_useful_mfu']:.1%}, {time['in_products']:.0%} in "
+    f"products, {needed / 2**30:.1f} GiB of a chip.",
+    "",
+  ]
+
+
 def numerics_section(result: dict, picture: Path) -> list[str]:
   figure, axes = plt.subplots(figsize=(7, 3.5))
   for name, values in result["curves"].items():
@@ -183,6 +196,8 @@ def section(result: dict, name: str) -> list[str]:
     return [f"{name}: {result['failed']}.", ""]
   if "cases" in result:
     return aot_section(result)
+  if "programs" in result:
+    return time_section(result)
   if "curves" in result:
     return numerics_section(result, PAGE.parent / f"{name}.svg")
   if "models" in result:
