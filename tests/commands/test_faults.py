@@ -304,6 +304,8 @@ def test_a_run_outlives_a_fault_of_each_kind():
 class Shells:
   """Two shells as the processes of a run that ends at SIGTERM as told."""
 
+  started_at = 0.0
+
   def __init__(self, *at_term: str):
     self.processes = [
       subprocess.Popen(
@@ -326,8 +328,7 @@ class Shells:
 
 
 def test_an_end_of_another_kind_or_none_is_a_broken_promise(monkeypatch):
-  quick = stops.ENDS["term"]._replace(seconds=0.5)
-  monkeypatch.setitem(stops.ENDS, "term", quick)
+  monkeypatch.setattr(stops, "MARGIN_SECONDS", 0.5)
   monkeypatch.setattr(stops.time, "sleep", lambda _: None)
   for at_term, broken in [
     (("exit 75", "exit 75"), None),
@@ -338,14 +339,15 @@ def test_an_end_of_another_kind_or_none_is_a_broken_promise(monkeypatch):
     rng = random.Random(1)
     monkeypatch.setattr(rng, "randint", lambda low, high: high)  # all of them
     if broken is None:
-      happened = stops.stop(run, "term", rng)
+      happened = stops.stop(run, "term", rng, slow=1)
       assert (happened["victims"], happened["statuses"]) == ([0, 1], [75, 75])
     else:
       with pytest.raises(faults.Broken, match=f"(?s){broken}"):
-        stops.stop(run, "term", rng)
+        stops.stop(run, "term", rng, slow=1)
       run.end(0)
   run = Shells("", "")
-  assert stops.stop(run, "kill_all", rng)["statuses"] == [-signal.SIGKILL] * 2
+  killed = stops.stop(run, "kill_all", rng, slow=1)
+  assert killed["statuses"] == [-signal.SIGKILL] * 2
 
 
 @pytest.mark.slow  # many starts of two processes

@@ -100,6 +100,7 @@ def broken_at_5(monkeypatch) -> list[int]:
         train_state = train_state.replace(params=nan)
       return step_fn(train_state, batch)
 
+    broken.as_text = step_fn.as_text
     return broken
 
   monkeypatch.setattr(loop, "compile_step", compile_step)
