@@ -15,6 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks import compare_models, recipes
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -200,6 +202,10 @@ def section(result: dict, name: str) -> list[str]:
     return time_section(result)
   if "curves" in result:
     return numerics_section(result, PAGE.parent / f"{name}.svg")
+  if "trivial" in result:
+    return [compare_models.shown(result), ""]
+  if "sweeps" in result:
+    return [recipes.shown(result), ""]
   if "models" in result:
     return train_section(result)
   if "schedules" in result:
