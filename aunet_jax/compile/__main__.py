@@ -145,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   devices = programs.topology_devices(args.topology, args.slices)
   mesh = sharding.make_mesh(config.mesh, devices)
   setup.check_batch(config, mesh)
+  setup.check_width(config, mesh)
   about = {
     "command": shlex.join(["python", "-m", "aunet_jax.compile", *argv]),
     "versions": _versions(),

@@ -89,6 +89,25 @@ def test_a_stack_is_its_blocks_one_after_the_other(window):
     np.testing.assert_allclose(y_BLD[b], expected_LD, atol=1e-5 * scale)
 
 
+def test_gradients_of_the_gated_product_are_those_of_its_formula():
+  D, F = 6, 10
+  arrays = normal(1, 2, 3, F), normal(2, 2, 3, F), normal(3, F, D)
+  weight_BLD = normal(4, 2, 3, D)
+
+  def formula(gate_BLF, up_BLF, down_FD):
+    return (jax.nn.silu(gate_BLF) * up_BLF) @ down_FD
+
+  def gradients(function):
+    def loss(*arrays):
+      return (function(*arrays) * weight_BLD).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+
+  found, expected = gradients(block._gated_down), gradients(formula)
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_a_row_padded_for_its_kernel_gives_the_same(monkeypatch):
   params = {"params": stack_params(STAGE)}
   x_BLD, documents_BL = normal(0, 2, 10, STAGE.dim), np.ones((2, 10), int)

@@ -96,6 +96,21 @@ def test_without_xla_the_fastest_right_kernel_is_taken(tried):
   assert trial.choose("bfloat16", {"xla": failed})[0] == "xla"
 
 
+@pytest.mark.parametrize(
+  ("dtype", "of_xla", "error", "wrong"),
+  [
+    ("float32", 0.0, 1.1e-4, True), ("float32", 0.0, 0.9e-4, False),
+    ("bfloat16", 0.035, 0.071, True), ("bfloat16", 0.035, 0.069, False),
+  ],
+)  # fmt: skip
+def test_wrong_is_beyond_the_floor_and_twice_what_xla_is_off_by(
+  dtype, of_xla, error, wrong
+):
+  base = trial.Tried(1.0, dict.fromkeys(trial.PARTS, of_xla), None)
+  one = base._replace(errors=dict.fromkeys(trial.PARTS, error))
+  assert (trial.wrong_part(one, dtype, base) is not None) == wrong
+
+
 def test_a_kernel_that_gives_no_number_is_wrong():
   expected = np.ones((1, 4, 1, 2), np.float32)
   found = expected.copy()

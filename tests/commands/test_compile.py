@@ -52,6 +52,14 @@ def test_help_tells_how_to_call_it(capsys):
   [
     (["--config.mesh.fsdp=3"], ["fsdp", "3", "8"]),
     (["--config.mesh.fspd=8"], ["mesh.fsdp"]),
+    (
+      [
+        "--config.mesh.fsdp=8",
+        "--config.model.stages[0].dim=36",
+        "--config.model.stages[0].head_dim=18",
+      ],
+      ["mesh.fsdp=8", "36", "divide"],
+    ),
     (["--rows=0"], ["--rows=0", "positive"]),
     (["--slices=2"], ["--slices", "--topology"]),
     (["--topology=h100:x"], ["h100:N"]),
