@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import time
 import types
 import typing
@@ -14,7 +15,12 @@ import jax
 from aunet_jax import config as config_lib
 from aunet_jax import files
 from aunet_jax.config import Config
-from aunet_jax.terminal import EXIT_BAD_INPUT, EXIT_FAILED, Failure
+from aunet_jax.terminal import (
+  EXIT_BAD_INPUT,
+  EXIT_FAILED,
+  Failure,
+  status_of,
+)
 from aunet_jax.workdir import buckets, together
 from aunet_jax.workdir.buckets import BucketPath
 
@@ -147,16 +153,34 @@ def is_converted(host: dict) -> bool:
   return "loader" not in host
 
 
-def unreadable(folder: Path | BucketPath, reason) -> CheckpointError:
-  """For a checkpoint without manifest, or whose files are as they were."""
+# How TensorStore begins what another try may mend (codes of absl::Status); an
+# error of the disk or of the network under a mounted bucket is UNKNOWN.
+_PASSING = re.compile(
+  r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAVAILABLE"
+  r"|UNKNOWN): "
+)
+
+
+def unreadable(
+  folder: Path | BucketPath, reason: Exception | str
+) -> CheckpointError:
+  """For a checkpoint without manifest, or whose files are as they were.
+
+  Its status is EXIT_FAILED where the reason may pass, and says so.
+  """
   first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
   workdir = folder.parent.parent
   older = [step for step in steps(workdir) if step < int(folder.name)]
   remedy = f"continue from checkpoint {older[-1]}" if older else "start again"
-  return CheckpointError(
-    f"checkpoint {folder} cannot be read ({first}); delete that folder to "
-    f"{remedy}."
+  passing = isinstance(reason, OSError) and status_of(reason) == EXIT_FAILED
+  passing = passing or bool(_PASSING.match(first))
+  error = CheckpointError(
+    f"checkpoint {folder} cannot be read ({first}); "
+    f"{'run the same command again, or ' if passing else ''}delete that folder "
+    f"to {remedy}."
   )
+  error.status = EXIT_FAILED if passing else EXIT_BAD_INPUT
+  return error
 
 
 def write_config(workdir: str | Path | BucketPath, config: Config) -> None:

@@ -1,5 +1,6 @@
 """The small files of a workdir, as they were written and damaged."""
 
+import errno
 import json
 
 import pytest
@@ -58,6 +59,27 @@ def test_damaged_values_of_a_checkpoint_are_named(tmp_path, text, said):
     layout.read_host(tmp_path, 5)
   assert said in str(caught.value) and "\n" not in str(caught.value)
   assert caught.value.status == 2
+
+
+@pytest.mark.parametrize(
+  ("reason", "passes"),
+  [
+    (OSError(errno.EIO, "Input/output error"), True),
+    (OSError(errno.ESTALE, "Stale file handle"), True),
+    (FileNotFoundError(errno.ENOENT, "No such file"), False),
+    # As TensorStore says it.
+    (ValueError('UNKNOWN: Error opening "zarr" driver: Failed to read'), True),
+    (ValueError("UNAVAILABLE: CURL error"), True),
+    (ValueError("DATA_LOSS: Error decoding"), False),
+    ("its optimizer state is missing", False),
+  ],
+)
+def test_what_may_pass_is_worth_another_try(tmp_path, reason, passes):
+  (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+  error = layout.unreadable(tmp_path / "checkpoints" / "5", reason)
+  assert error.status == (1 if passes else 2)
+  assert ("run the same command again" in str(error)) == passes
+  assert "continue from checkpoint 2" in str(error)
 
 
 @pytest.mark.parametrize("name", ["²", "007", "copy_9", "٣"])
