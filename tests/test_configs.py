@@ -76,6 +76,17 @@ def test_a_published_config_is_the_published_run(name):
     )
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_a_large_run_survives_preemptions_by_default(name):
+  """Saves by the clock, and evaluates a sample while it trains."""
+  config = load(name)
+  assert config.checkpoint.every_minutes == 20
+  milestone, last = config.checkpoint.milestone_steps, config.train.num_steps
+  assert config.checkpoint.every_steps <= milestone < last
+  assert 0 < config.train.eval_every_steps < last
+  assert 0 < config.train.eval_bytes <= 1e8  # minutes
+
+
 @pytest.mark.parametrize(
   "override, message",
   [

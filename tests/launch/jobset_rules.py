@@ -163,11 +163,11 @@ def broken(manifest: dict) -> list[str]:
       rule(codes["operator"] in ("In", "NotIn"), "operator")
       rule(codes["values"] == sorted(set(codes["values"])), "exit codes")
       rule(0 not in codes["values"], "exit code 0")
-    # As the TPU template of xpk 1.16, commands/workload.py: a pod in the host's
-    # network finds the JobSet's names (by which slices meet) only with this.
+    # As the TPU template of xpk 1.16, commands/workload.py: slices meet in the
+    # host's network, and there find the JobSet's names only with this policy.
+    rule(pod.get("hostNetwork") is True, "no hostNetwork")
     rule(
-      not pod.get("hostNetwork")
-      or pod.get("dnsPolicy") == "ClusterFirstWithHostNet",
+      pod.get("dnsPolicy") == "ClusterFirstWithHostNet",
       "hostNetwork needs dnsPolicy ClusterFirstWithHostNet",
     )
     mounted = {one["name"] for one in pod["volumes"]}

@@ -12,7 +12,9 @@ from launch_world import LAUNCH, NASTY
 def test_gke_manifest(world):
   yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
   world.job("SLICES=2 QUEUE=our-queue RESERVATION=mine")
-  assert world.run("gke.sh", "create").returncode == 0
+  result = world.run("gke.sh", "create")
+  assert result.returncode == 0
+  assert "IMAGE=repo/image:1 has no digest" in result.stderr
   *_, call = world.calls("kubectl")
   assert call[1] == "--context=gke_my-project_my-zone_my-cluster"
   assert call[-3:] == ["apply", "-f", "-"]
@@ -52,7 +54,8 @@ def test_the_rules_find_what_a_cluster_refuses(world):
   for old, new, words in (
     ("name: badInput", "name: bad-input", "rule name"),
     ("cpu-limit", "cpu-limits", "sidecar cpu limit"),
-    ("ClusterFirstWithHostNet", "ClusterFirst", "hostNetwork"),
+    ("hostNetwork: true", "hostNetwork: false", "no hostNetwork"),
+    ("ClusterFirstWithHostNet", "ClusterFirst", "needs dnsPolicy"),
     ("backoffLimit: 0", 'backoffLimit: "0"', "must be int"),
     ("restartPolicy: Never", "restartPolice: Never", "not a field"),
     ("parallelism: 4", "parallelism: 8", "not the slice"),
@@ -62,11 +65,13 @@ def test_the_rules_find_what_a_cluster_refuses(world):
     assert any(words in line for line in found), (new, found)
 
 
-def test_gke_takes_a_tpu7x_topology(world):
+def test_gke_takes_a_tpu7x_topology_and_an_image_by_its_digest(world):
   yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-  world.job("GKE_ACCELERATOR=tpu7x GKE_TOPOLOGY=4x4x4")
-  manifest = yaml.safe_load(world.run("gke.sh", "render").stdout)
-  assert jobset_rules.broken(manifest) == []
+  image = f"repo/image@sha256:{'0' * 64}"
+  world.job(f"GKE_ACCELERATOR=tpu7x GKE_TOPOLOGY=4x4x4 IMAGE={image}")
+  result = world.run("gke.sh", "render")
+  assert "digest" not in result.stderr and f'image: "{image}"' in result.stdout
+  assert jobset_rules.broken(yaml.safe_load(result.stdout)) == []
 
 
 @pytest.mark.parametrize(
@@ -89,9 +94,9 @@ def test_gke_create_goes_on_with_a_suspended_one(world):
   assert [call[3] for call in world.calls("kubectl")] == ["get", "apply"]
 
 
-def pod(world, *command, **variables) -> int:
+def pod(world, *command, hang="0", **variables) -> int:
   return subprocess.run(
-    [LAUNCH / "pod.sh", world.workdir, "2", "0", "--", *command],
+    [LAUNCH / "pod.sh", world.workdir, "2", hang, "--", *command],
     env=world.environment | variables,
     capture_output=True,
   ).returncode
@@ -106,6 +111,11 @@ def test_a_pod_fails_for_good_after_failures_without_a_new_checkpoint(world):
   (world.workdir / "checkpoints/100").mkdir(parents=True)  # progress
   assert [pod(world, *fail), pod(world, *fail), pod(world, *fail)] == [1, 1, 2]
   assert pod(world, "true") == 0
+
+
+def test_a_pod_whose_training_hangs_fails(world):
+  world.write("trainer.plan", "frozen\n")
+  assert pod(world, world.bin / "trainer", hang="1") == 137
 
 
 def test_failures_of_a_workdir_in_a_bucket_are_left_to_the_cluster(world):

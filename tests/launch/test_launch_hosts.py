@@ -1,11 +1,13 @@
 """local.sh, gpu_host.sh and slurm.sbatch, and what they do about failures."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from launch_world import LAUNCH, NASTY, ROOT
@@ -249,6 +251,8 @@ def test_slurm_submits_itself(world):
     f"--job={world.path / 'my job.env'}",
   ]
   assert world.workdir.is_dir()  # SLURM does not make it
+  options = re.findall("^#SBATCH (.*)", Path(call[-2]).read_text(), re.M)
+  assert "--mem=0" in " ".join(options).split()  # all memory of a node
   world.job(BUCKET_JOB)
   assert world.run("slurm.sbatch").returncode == 0
   logs = world.path / ".local/state/aunet_jax/test"
@@ -283,7 +287,7 @@ def test_slurm_allocation(world, plan, status, steps, requeued):
   calls = world.calls("srun")
   assert len(calls) == steps and calls[0] == calls[-1]
   assert f"--config.train.sample_prompt={NASTY}" in calls[0]
-  assert {"--multihost", "--num_processes=3"} <= set(calls[0])
+  assert {"--mem=0", "--multihost", "--num_processes=3"} <= set(calls[0])
   environment = (world.fake / "srun.env").read_text()
   assert "JAX_LOCAL_DEVICE_IDS=0,1\n" in environment
   wanted = [["scontrol", "requeue", "17"]] if requeued else []

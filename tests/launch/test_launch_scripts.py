@@ -170,23 +170,40 @@ def test_gcloud_knows_every_flag(world):
     assert '"success": true' in result.stdout, result.stdout + result.stderr
 
 
+def required(extra: str = "") -> list[requirements.Requirement]:
+  """What an installation of the package brings, with an extra or alone."""
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  lines = setup["options"]["install_requires"]
+  if extra:
+    lines += setup["options.extras_require"][extra]
+  return [requirements.Requirement(x) for x in lines.strip().splitlines()]
+
+
+def test_what_documented_sources_need_is_in_the_base_install():
+  names = {need.name for need in required()}
+  assert {"backports.zstd", "fsspec", "gcsfs"} <= names  # .jsonl.zst, gs://
+  assert "pyarrow" not in names
+  assert "pyarrow" in {need.name for need in required("parquet")}
+
+
 @pytest.mark.parametrize("hardware", ["tpu", "cuda"])
 def test_lock_files_hold_what_the_package_needs(hardware):
-  """Workers install the package itself without its dependencies."""
+  """Workers and the image install the package without its dependencies."""
+  image = (LAUNCH / "Dockerfile").read_text()
+  pip = [line for line in image.splitlines() if line.startswith("RUN pip")]
+  locked, package = (line.replace("${HARDWARE}", hardware) for line in pip)
+  assert f"--requirement launch/requirements-{hardware}.txt" in locked
+  assert "--no-deps" in package
   lock = (LAUNCH / f"requirements-{hardware}.txt").read_text().splitlines()
   locked = {
     re.sub("[._]", "-", name.lower()): version
     for name, version in (line.split("==") for line in lock)
   }
-  setup = configparser.ConfigParser()
-  setup.read(ROOT / "setup.cfg")
-  needed = setup["options"]["install_requires"]
-  needed += setup["options.extras_require"][hardware]
-  for line in needed.strip().splitlines():
-    need = requirements.Requirement(line)
+  for need in required(hardware):
     name = re.sub("[._]", "-", need.name.lower())
-    assert name in locked, f"lock again (requirements.in): {line} is missing"
-    assert need.specifier.contains(locked[name]), f"lock again: {line}"
+    assert name in locked, f"lock again (requirements.in): {need} is missing"
+    assert need.specifier.contains(locked[name]), f"lock again: {need}"
 
 
 def test_the_image_holds_only_what_is_named():

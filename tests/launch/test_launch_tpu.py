@@ -285,6 +285,8 @@ def test_tpu_request_says_what_the_job_says(world):
     "--node-count=2",
     "--node-prefix=test",
     "--reserved",
+    "--reservation-host-project=other",
+    "--service-account=me@x.iam",
     "--network=net",
     "--subnetwork=sub",
     "--internal-ips",

@@ -4,17 +4,20 @@ import inspect
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
+from aunet_jax.aunet import counts
 from aunet_jax.data import loader as loader_lib
 from aunet_jax.train import __main__ as train_main
-from aunet_jax.train import evaluator, loop, setup, stopwatch
-from aunet_jax.workdir import layout
+from aunet_jax.train import evaluator, loop, metrics, setup, stopwatch, watchdog
+from aunet_jax.workdir import checkpoints, layout
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,27 +52,47 @@ def rows(workdir) -> list[tuple]:
   ]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(corpus, tmp_path_factory) -> Path:
-  """A run whose evaluations each take a thousand seconds of its clock."""
-  workdir = tmp_path_factory.mktemp("undisturbed")
-  lost = [0.0]
-  real = evaluator.Evaluator.evaluate
+class Watched(NamedTuple):
+  workdir: Path
+  happened: list[str]  # saves and evaluations, in their order
+  told: list[tuple[dict, float]]  # rows, and the seconds left
 
-  def evaluate(self, *args):
-    lost[0] += 1000
-    return real(self, *args)
+
+PEAK_FLOPS = 1e9  # of a device
+
+
+@pytest.fixture(scope="module")
+def watched(corpus, tmp_path_factory) -> Watched:
+  """Evaluations and saves that take a thousand seconds each of its clock."""
+  happened, told = [], []
+  evaluate, save = evaluator.Evaluator.evaluate, checkpoints.Checkpointer.save
+
+  def evaluate_slowly(self, *args):
+    happened.append("evaluate")
+    return evaluate(self, *args)
+
+  def save_slowly(self, step, *args):
+    happened.append(f"save {step}")
+    save(self, step, *args)
 
   class SlowWatch(stopwatch.Stopwatch):
     def __init__(self):
-      super().__init__(clock=lambda: time.perf_counter() + lost[0])
+      super().__init__(clock=lambda: time.perf_counter() + 1000 * len(happened))
 
-  monkeypatch = pytest.MonkeyPatch()
-  monkeypatch.setattr(evaluator.Evaluator, "evaluate", evaluate)
-  monkeypatch.setattr(setup, "Stopwatch", SlowWatch)
-  assert run(corpus, workdir) == 0
-  monkeypatch.undo()
-  return workdir
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluator.Evaluator, "evaluate", evaluate_slowly)
+    patch.setattr(checkpoints.Checkpointer, "save", save_slowly)
+    patch.setattr(setup, "Stopwatch", SlowWatch)
+    patch.setattr(loop.devices, "peak_flops", lambda device: PEAK_FLOPS)
+    patch.setattr(metrics.Log, "progress", lambda _, *args: told.append(args))
+    assert run(corpus, workdir) == 0
+  return Watched(workdir, happened, told)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(watched) -> Path:
+  return watched.workdir
 
 
 def test_the_last_step_is_logged_evaluated_and_saved(undisturbed):
@@ -79,15 +102,63 @@ def test_the_last_step_is_logged_evaluated_and_saved(undisturbed):
   assert layout.steps(undisturbed) == [5, 7]
 
 
-def test_an_evaluation_is_no_part_of_the_speed(undisturbed):
-  for row in layout.read_rows(undisturbed / layout.METRICS_FILE):
-    if "bytes_per_second" in row:
-      seconds = 1000 / row["bytes_per_second"]  # some thousand bytes a row
-      assert seconds < 900, row
-  (start,) = json.loads((undisturbed / "times.json").read_text())["starts"]
+def test_the_last_evaluation_comes_after_the_last_save(watched):
+  """It takes minutes in a large run, in which a preemption loses no step."""
+  last = ["save 5", "evaluate", "save 7", "evaluate"]
+  assert watched.happened == ["evaluate", "evaluate", *last]
+
+
+def test_evaluations_and_saves_are_no_part_of_the_speed(watched):
+  """Of bytes a second, MFU and the time left alike."""
+  model = layout.read_config(watched.workdir).model
+  step = num_bytes = 0
+  for row, left in watched.told:
+    steps, step = row["step"] - step, row["step"]
+    new, num_bytes = row["bytes_seen"] - num_bytes, row["bytes_seen"]
+    seconds = new / row["bytes_per_second"]
+    assert seconds < 900, row  # of the thousand that each evaluation takes
+    assert left == pytest.approx((7 - step) * seconds / steps)
+    positions = np.multiply(row["fill"], model.capacities) * 8 * steps
+    useful = counts.useful_train_flops(model, positions)
+    peak = PEAK_FLOPS * jax.device_count()
+    assert row["useful_mfu"] == pytest.approx(useful / (seconds * peak))
+  (start,) = json.loads((watched.workdir / "times.json").read_text())["starts"]
   assert 4000 <= start["seconds"]["evaluate"]
+  assert 2000 <= start["seconds"]["save"]
   assert start["seconds"]["step"] < 900
   assert (start["first_step"], start["last_step"]) == (0, 7)
+
+
+def test_a_run_whose_data_never_come_is_ended(
+  corpus, tmp_path, monkeypatch, capfd
+):
+  waiting, ended, statuses = threading.Event(), threading.Event(), []
+  fetch, fetched = loader_lib.Loader.__next__, []
+
+  class Watch(watchdog.Watchdog):
+    def __init__(self, *settings):
+      assert settings == (1.0, 20.0)
+      super().__init__(*settings, self.end)
+
+    def limit(self):  # however long the other steps take here
+      return 0.3 if waiting.is_set() else np.inf
+
+    def end(self, status):
+      statuses.append(status)
+      ended.set()
+
+  def hang(self):
+    fetched.append(0)
+    if len(fetched) == 4:
+      waiting.set()
+      assert ended.wait(120)
+    return fetch(self)
+
+  monkeypatch.setattr(loop, "Watchdog", Watch)
+  monkeypatch.setattr(loader_lib.Loader, "__next__", hang)
+  assert run(corpus, tmp_path, "--config.train.hang_seconds=1") == 0
+  error = capfd.readouterr().err
+  assert statuses == [1] and "in step 3" in error and "in hang" in error
 
 
 def test_a_stop_in_an_evaluation_saves_and_the_next_start_repeats_it(
