@@ -38,6 +38,7 @@ from benchmarks.faults import Broken, Run, check, write_corpus
 KINDS = ("term", "kill_one", "kill_all", "freeze")
 HANG_SECONDS = 15  # without a step; the watchdog then ends a process
 HEARTBEAT_SECONDS = 40  # of silence; the runtime then ends the others
+START_SECONDS = 40  # until all have connected; those that wait then end
 MARGIN_SECONDS = 40  # until it has ended
 INTERPRETER_SECONDS = 1  # until Python has begun; until then SIGTERM is final
 STEPS = 48  # of a run
@@ -54,7 +55,9 @@ class Ends(NamedTuple):
 # 0: it had finished just before. Of those whose peer is gone, 1: they noticed,
 # or their watchdog did; SIGABRT: the runtime ended them.
 _PEER_GONE = (0, 1, -signal.SIGABRT)
-_NOTICED = max(HANG_SECONDS, HEARTBEAT_SECONDS) + MARGIN_SECONDS
+_NOTICED = MARGIN_SECONDS + max(
+  HANG_SECONDS, HEARTBEAT_SECONDS, START_SECONDS
+)
 
 
 def ends(kind: str, slow: int) -> Ends:
@@ -163,6 +166,7 @@ def inject(
   flags = (
     f"--config.train.hang_seconds={HANG_SECONDS * slow}",
     f"--heartbeat_timeout={HEARTBEAT_SECONDS * slow}",
+    f"--start_timeout={START_SECONDS * slow}",
   )
   rng, end = random.Random(seed), time.monotonic() + 60 * minutes
   corpus = folder / "corpus"
