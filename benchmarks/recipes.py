@@ -260,7 +260,7 @@ def collect(ladder: Ladder) -> dict:
   return {"sweeps": sweeps, "cells": cells}
 
 
-def _with_interval(of: dict) -> str:
+def with_interval(of: dict) -> str:
   half = "" if of["half_width"] is None else f" ± {of['half_width']:.3f}"
   return f"{of['mean']:.3f}{half}"
 
@@ -286,7 +286,7 @@ def shown(result: dict) -> str:
         continue
       row = [by.get((name, recipe, size)) for name in names]
       if any(row):
-        cells = [_with_interval(cell[key]) if cell else "–" for cell in row]
+        cells = [with_interval(cell[key]) if cell else "–" for cell in row]
         lines.append(
           f"| {BUDGETS[size]:.3g} | {recipe} | {' | '.join(cells)} |"
         )

@@ -55,9 +55,7 @@ class Ends(NamedTuple):
 # 0: it had finished just before. Of those whose peer is gone, 1: they noticed,
 # or their watchdog did; SIGABRT: the runtime ended them.
 _PEER_GONE = (0, 1, -signal.SIGABRT)
-_NOTICED = MARGIN_SECONDS + max(
-  HANG_SECONDS, HEARTBEAT_SECONDS, START_SECONDS
-)
+_NOTICED = MARGIN_SECONDS + max(HANG_SECONDS, HEARTBEAT_SECONDS, START_SECONDS)
 
 
 def ends(kind: str, slow: int) -> Ends:

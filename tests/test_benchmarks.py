@@ -1,5 +1,6 @@
 """What the benchmarks count and draw; their times are nobody's business."""
 
+import argparse
 import json
 
 import jax
@@ -15,6 +16,7 @@ from benchmarks import (
   attention,
   compare_models,
   indexing,
+  options,
   page,
   recipes,
   suite,
@@ -199,3 +201,36 @@ def test_a_ladder_is_shown_from_the_runs_that_are_done():
   assert text.count("2.500 ± 0.100") == 3  # and muon's bits and share
   assert "| bytes, paper | **2.500** | – | – | – |" in text
   assert draw.svg(recipes.chart(result)).startswith("<svg")
+
+
+def test_options_cost_their_own_flops_and_train_as_many_steps_as_are_equal():
+  named = options.configs(list(options.OPTIONS))
+  plain = options.flops(named[options.PLAIN])
+  assert options.flops(named["heads"]) > plain
+  assert options.flops(named["zero_head"]) == plain
+  cost = options.Cost(flops=1.1, seconds=1.12)
+  assert options.equal_steps(440, cost) == {"flops": 400, "time": 400}
+  cost = options.Cost(flops=1.1, seconds=1.5)
+  assert options.equal_steps(440, cost) == {"flops": 400, "time": 293}
+
+
+def test_an_option_gains_what_the_same_seeds_lack_without_it(
+  tmp_path, monkeypatch
+):
+  costs = {"none": [1.0, 1.0], "conv": [1.0, 2.0]}
+  (tmp_path / "costs.json").write_text(json.dumps(costs))
+  bits = {"none": (3.0, 3.2), "conv": (2.9, 3.1)}
+
+  def run(args, parts, option, steps, seed):
+    return bits[option][seed] + (0.5 if steps < 10 else 0)
+
+  monkeypatch.setattr(options, "run", run)
+  args = argparse.Namespace(
+    output=tmp_path, options=["none", "conv"], steps=10, seeds=2
+  )
+  result = options.measure(args)
+  conv = result["cells"][1]
+  assert conv["equal_flops"]["gain"]["mean"] == pytest.approx(0.1)
+  assert conv["equal_flops"]["gain"]["half_width"] == pytest.approx(0)
+  assert conv["equal_time"]["gain"]["mean"] == pytest.approx(-0.4)
+  assert "| `conv` | 2.00 | 1.00 | 3.000 |" in options.shown(result)
