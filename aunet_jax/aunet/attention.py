@@ -43,7 +43,7 @@ PLATFORMS = {
 _AUTO = {"tpu": "splash"}
 
 # Padding of the kernels' last block: no document of a row has this id.
-NO_DOCUMENT = -1
+_NO_DOCUMENT = -1
 
 
 # ----- the choice -----------------------------------------------------------
@@ -112,17 +112,6 @@ def attention(
   """
   kernel = KERNELS[pick(choice, sharding.platform())]
   return kernel(q_BLHK, k_BLGK, v_BLGK, documents_BL, window)
-
-
-def padding(choice: str, length: int) -> int:
-  """Positions to add to a row, of no document, so that no kernel pads it.
-
-  A row that is padded ahead of its projections comes out of them as the kernel
-  wants it; the kernel's own padding is one more pass over each of its inputs.
-  """
-  if pick(choice, sharding.platform()) != "splash":
-    return 0
-  return -length % _splash_block(length)
 
 
 def multiplied_pairs(kernel: str, length: int, window: int | None) -> int:
@@ -317,15 +306,13 @@ def per_device(kernel, q_BLHK, k_BLGK, v_BLGK, documents_BL) -> jax.Array:
 
 
 def _splash_block(length: int) -> int:
-  """The largest block that pads no row, or else by at most an eighth.
+  """The largest block that pads a row by at most an eighth.
 
-  Larger blocks keep the matrix unit busy; 128 lanes are the smallest. A row
-  that is padded to whole blocks keeps its block.
+  Larger blocks keep the matrix unit busy; 128 lanes are the smallest.
   """
-  for spare in (0, length // 8):
-    for block in (512, 384, 256):
-      if -length % block <= spare:
-        return block
+  for block in (512, 384, 256):
+    if -length % block <= length // 8:
+      return block
   return 128
 
 
@@ -358,7 +345,7 @@ def _splash_rows(q_BLHK, k_BLGK, v_BLGK, documents_BL, *, window, interpret):
     return checkpoint_name(x_BLGK.swapaxes(1, 2), SAVED)
 
   documents_BL = jnp.pad(
-    documents_BL, ((0, 0), (0, extra)), constant_values=NO_DOCUMENT
+    documents_BL, ((0, 0), (0, extra)), constant_values=_NO_DOCUMENT
   )
   if window is None or window >= L:
     mask = splash_attention.CausalMask((padded, padded))

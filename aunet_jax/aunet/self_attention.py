@@ -203,17 +203,6 @@ class SelfAttention(nn.Module):
     v_DGK = kernel(self, "value", *into_keys)
     o_HKD = kernel(self, "out", D, (H, K, D), ("heads", "head_dim", "embed"))
 
-    L = x_BLD.shape[1]
-    extra = attention.padding(stage.attention, L)
-    if extra:
-
-      def pad(x_BLX, value=0):
-        pads = ((0, 0), (0, extra)) + ((0, 0),) * (x_BLX.ndim - 2)
-        return jnp.pad(x_BLX, pads, constant_values=value)
-
-      x_BLD, tables = pad(x_BLD), tuple(map(pad, tables))
-      documents_BL = pad(documents_BL, attention.NO_DOCUMENT)
-
     def rotated(x_BLD, kernel, name):
       x_BLHK = project(x_BLD, kernel)
       if stage.qk_norm:
@@ -224,15 +213,15 @@ class SelfAttention(nn.Module):
     q_BLHK = rotated(x_BLD, q_DHK, "query_norm")
     k_BLGK = rotated(x_BLD, k_DGK, "key_norm")
     v_BLGK = project(x_BLD, v_DGK)
-    self.sow(cache.HISTORY, "keys", k_BLGK[:, :L])  # kept only where asked for
-    self.sow(cache.HISTORY, "values", v_BLGK[:, :L])
+    self.sow(cache.HISTORY, "keys", k_BLGK)  # kept only where asked for
+    self.sow(cache.HISTORY, "values", v_BLGK)
     q_BLHK = nn.with_logical_constraint(
       q_BLHK, ("batch", "length", "heads", "head_dim")
     )
     y_BLHK = attention.attention(
       q_BLHK, k_BLGK, v_BLGK, documents_BL, stage.window, stage.attention
     )
-    return project(y_BLHK[:, :L], o_HKD, num_in=2)
+    return project(y_BLHK, o_HKD, num_in=2)
 
   # ----- one position -------------------------------------------------------
 

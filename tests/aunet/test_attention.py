@@ -304,11 +304,3 @@ def test_the_platform_is_that_of_the_mesh_in_context():
   with jax.sharding.use_abstract_mesh(mesh):
     assert sharding.platform() == "tpu"
   assert sharding.platform(sharding.make_mesh(MeshConfig())) == "cpu"
-
-
-def test_a_row_padded_to_whole_blocks_keeps_them():
-  for length in range(1, 5000):
-    block = attention._splash_block(length)
-    padded = length + -length % block
-    assert padded - length <= max(127, length // 8)
-    assert block == 128 or attention._splash_block(padded) == block

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from aunet_jax.aunet import attention, block, sharding
+from aunet_jax.aunet import block, sharding
 from aunet_jax.config import ModelConfig, StageConfig
 from tests.aunet.test_self_attention import attention_loop, normal, rope_loop
 
@@ -106,24 +106,6 @@ def test_gradients_of_the_gated_product_are_those_of_its_formula():
   found, expected = gradients(block._gated_down), gradients(formula)
   for one, other in zip(found, expected, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-
-
-def test_a_row_padded_for_its_kernel_gives_the_same(monkeypatch):
-  params = {"params": stack_params(STAGE)}
-  x_BLD, documents_BL = normal(0, 2, 10, STAGE.dim), np.ones((2, 10), int)
-
-  def gradient():
-    def loss(x_BLD):
-      y_BLD = block.Stack(STAGE, MODEL).apply(params, x_BLD, documents_BL)
-      return (y_BLD**2).sum(), y_BLD
-
-    return jax.jit(jax.grad(loss, has_aux=True))(x_BLD)
-
-  expected = gradient()
-  monkeypatch.setattr(attention, "padding", lambda choice, length: 6)
-  for got, wanted in zip(gradient(), expected, strict=True):
-    scale = np.abs(wanted).max()
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * scale)
 
 
 def test_a_piece_far_into_a_row_keeps_its_precision():
