@@ -179,7 +179,8 @@ class ModelConfig:
   heads_loss_weight: float = 0.3
   dtype: str = "bfloat16"  # compute; norms, softmax, logits, loss: float32
   param_dtype: str = "float32"
-  unroll_layers: bool = False  # True: no loop over layers in the program
+  # False: layers are a loop in the compiled program. None: not on TPUs.
+  unroll_layers: bool | None = None
 
   def __post_init__(self):
     if not self.stages:

@@ -173,13 +173,8 @@ _REMAT_POLICIES = {
 }
 
 
-# So many layers are no loop on TPUs: what a loop keeps for the backward pass is
-# copied into one array of all layers, and out again.
-_FEW_LAYERS = 4
-
-
 class Stack(nn.Module):
-  """The blocks of one path of one stage, scanned: one compiled body."""
+  """The blocks of one path of one stage, their parameters stacked."""
 
   stage: StageConfig
   model: ModelConfig
@@ -191,8 +186,10 @@ class Stack(nn.Module):
     )
     block, num_layers = Block, self.stage.num_layers
     unroll = self.model.unroll_layers
-    if sharding.platform() == "tpu":
-      unroll = unroll or num_layers <= _FEW_LAYERS
+    if unroll is None:
+      # A loop copies what it keeps for the backward pass into arrays of all
+      # layers, and out again: on TPUs a tenth of a step.
+      unroll = sharding.platform() == "tpu"
     if self.stage.remat != "none":
       block = nn.remat(
         Block,

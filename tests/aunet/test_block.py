@@ -154,6 +154,27 @@ def test_remat_and_unrolling_change_nothing(remat, unroll):
   )
 
 
+@pytest.mark.parametrize(
+  "platform,unroll,loops",
+  [
+    ("cpu", None, True),
+    ("cpu", True, False),
+    ("tpu", None, False),
+    ("tpu", False, True),
+  ],
+)
+def test_layers_are_a_loop_where_asked_for_and_not_on_tpus(
+  monkeypatch, platform, unroll, loops
+):
+  monkeypatch.setattr(sharding, "platform", lambda: platform)
+  stage = dataclasses.replace(STAGE, num_layers=3, attention="xla")
+  stack = block.Stack(stage, dataclasses.replace(MODEL, unroll_layers=unroll))
+  x_BLD, documents_BL = normal(0, 2, 4, STAGE.dim), np.ones((2, 4), int)
+  params = {"params": stack_params(stage)}
+  text = jax.jit(stack.apply).lower(params, x_BLD, documents_BL).as_text()
+  assert ("stablehlo.while" in text) == loops
+
+
 def test_dots_repeats_no_product():
   def products(remat):
     stage = dataclasses.replace(STAGE, remat=remat, num_layers=1)
