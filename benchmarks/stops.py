@@ -80,6 +80,7 @@ def stop(run: Run, kind: str, rng: random.Random, slow: int) -> dict:
       f"a process ended by itself:\n{run.said(number)}",
     )
   everyone, began = run.processes, time.monotonic()
+  after = f"{kind}, {began - run.started_at:.1f} s after the start"
   number = {"term": rng.randint(1, len(everyone)), "kill_all": len(everyone)}
   victims = rng.sample(everyone, number.get(kind, 1))
   signals = {"term": signal.SIGTERM, "freeze": signal.SIGSTOP}
@@ -87,13 +88,15 @@ def stop(run: Run, kind: str, rng: random.Random, slow: int) -> dict:
     victim.send_signal(signals.get(kind, signal.SIGKILL))
   statuses, seconds = ends(kind, slow)
   if kind == "term" and began - run.started_at < INTERPRETER_SECONDS * slow:
-    statuses += (-signal.SIGTERM,)  # it was final
+    # It was final for those whose Python had not begun; the others miss them.
+    statuses += (-signal.SIGTERM, *_PEER_GONE)
+    seconds = _NOTICED * slow
   others = [one for one in everyone if kind == "term" or one not in victims]
-  _await_ends(run, others, statuses, began + seconds, kind)
+  _await_ends(run, others, statuses, began + seconds, after)
   if kind == "freeze":
     victims[0].send_signal(signal.SIGCONT)
     limit = time.monotonic() + seconds
-    _await_ends(run, victims, statuses, limit, "freeze, then SIGCONT")
+    _await_ends(run, victims, statuses, limit, f"{after}, then SIGCONT")
   run.end(patience=20)
   return {
     "kind": kind,
@@ -103,19 +106,20 @@ def stop(run: Run, kind: str, rng: random.Random, slow: int) -> dict:
   }
 
 
-def _await_ends(run, processes, statuses, limit: float, kind: str) -> None:
+def _await_ends(run, processes, statuses, limit: float, after: str) -> None:
   for process in processes:
     while process.poll() is None:
       if time.monotonic() > limit:
         process.send_signal(signal.SIGABRT)  # Python shows its stacks
         time.sleep(2)
         said = run.said(run.processes.index(process))
-        raise Broken(f"a process hangs after {kind}:\n{said}")
+        ended = [one.poll() for one in run.processes]
+        raise Broken(f"a process hangs after {after} ({ended}):\n{said}")
       time.sleep(0.01)
     said = run.said(run.processes.index(process))
     check(
       process.returncode in statuses,
-      f"status {process.returncode} after {kind}, not {statuses}:\n{said}",
+      f"status {process.returncode} after {after}, not {statuses}:\n{said}",
     )
 
 
