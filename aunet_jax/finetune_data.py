@@ -27,6 +27,7 @@ Examples = Iterator[tuple[str, dict]]
 
 BODY_CHARACTERS = 600  # of a text to summarise, from its start
 EXCHANGES = 2  # of a dialogue: a question and an answer each
+SPEECH_CHARACTERS = 800  # of a dialogue's turn, so that it fits short rows
 
 
 def _text(path: str) -> str:
@@ -149,6 +150,8 @@ def dialogue(args: argparse.Namespace) -> Examples:
     some = speeches[first : first + size]
     if any(a == b for (a, _), (b, _) in itertools.pairwise(some)):
       continue  # one speaker twice in a row
+    if any(len(said) > SPEECH_CHARACTERS for _, said in some):
+      continue
     roles = itertools.cycle(("user", "assistant"))
     messages = [
       {"role": role, "content": said.strip()}

@@ -43,7 +43,7 @@ OPTIONS = {
   "average": ("optimizer.average=0.99",),
   "heads": ("model.heads=4",),
 }
-ROUNDS = 15  # of steps in turn, after one that warms up
+ROUNDS = 60  # of steps in turn, after one that warms up
 TOLERANCE = 0.03  # of a step's time
 
 

@@ -6,7 +6,7 @@ that over each device's links, and twice as much for all-reduce.
 
 A loop's body runs as often as its trip count says. One collective may appear
 many times, when the compiler starts it early and fuses its steps into the work
-it hides behind: all of them carry one channel, and it counts once.
+it hides behind: it counts once (`identity`).
 """
 
 import collections
@@ -83,6 +83,24 @@ def of_instruction(
   return Collective(kind, tuple(shapes), times, group_size, where)
 
 
+def identity(comp_name: str, line: str, name: str, fused: bool) -> str:
+  """What all steps of one collective have in common, and no other has.
+
+  Steps carry their collective's chain, or of other compilers only its channel;
+  but layers that are no loop share the channels of their collectives.
+
+  Args: fused: whether the instruction is inside a fusion.
+  """
+  chain = re.search(r'chain_id="(\d+)"', line)
+  if chain:
+    return f"chain {chain[1]}"
+  channel = re.search(r"channel_id=(\d+)", line)
+  # A fusion that sums and slices is one whole collective.
+  if fused and channel and not comp_name.startswith("all-reduce-scatter"):
+    return f"channel {channel[1]}"
+  return f"{comp_name} {name}"
+
+
 def find(hlo: str) -> tuple[list[Collective], list[str]]:
   """Every collective of a program, and its loops of unknown length.
 
@@ -97,18 +115,16 @@ def find(hlo: str) -> tuple[list[Collective], list[str]]:
   found: dict[tuple, Collective] = {}
   unknown: list[str] = []
 
-  def visit(comp_name: str, owner: str, times: int) -> None:
+  def visit(comp_name: str, owner: str, times: int, fused: bool) -> None:
     """owner: the computation whose control flow this one is part of."""
     comp = computations[comp_name]
     for name, opcode in comp.opcode.items():
       line = comp.line[name]
       collective = of_instruction(comp_name, comp, name, times, num_devices)
       if collective is not None:
-        channel = re.search(r"channel_id=(\d+)", line)
-        key = (owner, channel[1] if channel else name)
-        # A fused reduce-scatter also shows its plain all-reduce.
-        if key not in found or collective.kind == "reduce-scatter":
-          found[key] = collective
+        found.setdefault(
+          (owner, identity(comp_name, line, name, fused)), collective
+        )
         continue
       called = hlo_lib.called(line)
       trips = 1
@@ -119,9 +135,10 @@ def find(hlo: str) -> tuple[list[Collective], list[str]]:
         trips = 1 if count is None else count
       for callee in called:
         apart = opcode in ("while", "conditional")
-        visit(callee, callee if apart else owner, times * trips)
+        inside = fused or opcode == "fusion"
+        visit(callee, callee if apart else owner, times * trips, inside)
 
-  visit(entry, entry, 1)
+  visit(entry, entry, 1, False)
   return list(found.values()), unknown
 
 

@@ -205,7 +205,7 @@ def _collectives(computations, comp, comp_name, num_devices):
   of what runs before the last instruction that belongs to it)}.
 
   A collective may be one instruction, a start and a done, or steps that are
-  fused into the work they hide behind: all of them carry one channel.
+  fused into the work they hide behind (`collectives.identity`).
   """
   first, last, names = {}, {}, list(comp.opcode)
   started = {}  # start -> its key
@@ -225,10 +225,10 @@ def _collectives(computations, comp, comp_name, num_devices):
       sent = collectives.of_instruction(where, owner, each, 1, num_devices)
       if sent is None:
         continue
-      channel = re.search(r"channel_id=(\d+)", owner.line[each])
-      key = channel[1] if channel else (where, each)
-      if key not in first or sent.kind == "reduce-scatter":
-        first[key] = (first.get(key, (index,))[0], sent)
+      key = collectives.identity(
+        where, owner.line[each], each, fused=owner is not comp
+      )
+      first.setdefault(key, (index, sent))
       last[key] = max(index, last.get(key, index))
       started[name] = key
   found: dict[str, list] = {}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from aunet_jax.compile import collectives
+from aunet_jax.compile import collectives, step_time
 
 P = PartitionSpec
 DIMS = (64, 48)  # float32: 12,288 bytes
@@ -221,6 +221,41 @@ def test_steps_of_one_asynchronous_gather_count_once_per_turn():
     "reduce-scatter": (25, 25 * 256 * 512 * 2),
   }
   assert {c.group_size for c in collectives.find(TPU)[0]} == {8}
+
+
+def test_layers_that_are_no_loop_share_channels_and_count_each():
+  """Fused steps are told apart by their chain, others by themselves."""
+
+  def gather(chain):
+    return (
+      "%g = bf16[64]{0} all-gather(%p), channel_id=3, dimensions={0}, "
+      "replica_groups={{0,1,2,3}}" + chain
+    )
+
+  fused = [
+    f"%{name}.{layer} (p: bf16[16]) -> bf16[64] {{\n"
+    f"  %p = bf16[16]{{0}} parameter(0)\n  ROOT "
+    + gather(f', frontend_attributes={{chain_id="{layer}"}}')
+    + "\n}\n"
+    for layer in (1, 2, 3)
+    for name in ("start", "step")
+  ]
+  calls = [
+    f"  %{name}.{layer}.call = bf16[64]{{0}} fusion(%p), kind=kCustom, "
+    f"calls=%{name}.{layer}"
+    for layer in (1, 2, 3)
+    for name in ("start", "step")
+  ]
+  plain = [f"  {gather('')}".replace("%g", f"%plain.{n}") for n in (1, 2)]
+  text = "\n".join(
+    ["HloModule jit_f, num_partitions=4\n", *fused]
+    + ["ENTRY %main (p: bf16[16]) -> bf16[64] {"]
+    + ["  %p = bf16[16]{0} parameter(0)", *calls, *plain]
+    + ["  ROOT %out = bf16[64]{0} add(%plain.1, %plain.2)", "}"]
+  )
+  assert kinds_of(text) == {"all-gather": (5, 5 * 64 * 2)}
+  sent = [x for x in step_time.read(text)[0] if x.opcode == "all-gather"]
+  assert sum(x.times for x in sent) == 5
 
 
 def test_started_collectives_count_their_results_and_groups_of_one_nothing():
