@@ -110,10 +110,10 @@ def _await_ends(run, processes, statuses, limit: float, after: str) -> None:
   for process in processes:
     while process.poll() is None:
       if time.monotonic() > limit:
+        ended = [one.poll() for one in run.processes]
         process.send_signal(signal.SIGABRT)  # Python shows its stacks
         time.sleep(2)
         said = run.said(run.processes.index(process))
-        ended = [one.poll() for one in run.processes]
         raise Broken(f"a process hangs after {after} ({ended}):\n{said}")
       time.sleep(0.01)
     said = run.said(run.processes.index(process))
