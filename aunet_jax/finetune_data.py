@@ -10,20 +10,22 @@ docs/finetuning.md has the recipes.
 """
 
 import argparse
+import collections
 import hashlib
 import itertools
 import json
 import lzma
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aunet_jax import terminal
 from aunet_jax.files import written_whole
 
-# Of an example: what decides whether it is held out, and the record.
-Examples = Iterator[tuple[str, dict]]
+# Of an example: what decides whether it is held out, and the record; of what is
+# left out: why, and None.
+Examples = Iterator[tuple[str, dict | None]]
 
 BODY_CHARACTERS = 600  # of a text to summarise, from its start
 EXCHANGES = 2  # of a dialogue: a question and an answer each
@@ -126,6 +128,8 @@ def translate(args: argparse.Namespace) -> Examples:
       for n, (line, answer) in enumerate(zip(lines, targets, strict=True)):
         if line.strip() and answer.strip():
           yield str(n), _pair(f"{name} to {target}:\n{line}", answer)
+        else:
+          yield "an empty line", None
 
 
 def summarise(args: argparse.Namespace) -> Examples:
@@ -137,6 +141,8 @@ def summarise(args: argparse.Namespace) -> Examples:
     if title and body:
       answer = " ".join(title[1].split())
       yield text, _pair(f"{body}\nA title:", answer)
+    else:
+      yield "no title, or nothing after the headers", None
 
 
 def dialogue(args: argparse.Namespace) -> Examples:
@@ -149,8 +155,10 @@ def dialogue(args: argparse.Namespace) -> Examples:
   for first in range(0, len(speeches) - size + 1, size):
     some = speeches[first : first + size]
     if any(a == b for (a, _), (b, _) in itertools.pairwise(some)):
-      continue  # one speaker twice in a row
+      yield "one speaker twice in a row", None
+      continue
     if any(len(said) > SPEECH_CHARACTERS for _, said in some):
+      yield f"a speech of over {SPEECH_CHARACTERS} characters", None
       continue
     roles = itertools.cycle(("user", "assistant"))
     messages = [
@@ -180,14 +188,19 @@ def is_heldout(shared: str, fraction: float) -> bool:
 
 
 def split(
-  examples: Iterable[tuple[str, dict]], fraction: float
-) -> dict[str, list[str]]:
-  """The JSON lines of both files."""
-  lines = {"train": [], "heldout": []}
+  examples: Examples, fraction: float, limit: int | None = None
+) -> tuple[dict[str, list[str]], collections.Counter]:
+  """The JSON lines of both files, and how much was left out, by reason."""
+  lines, left_out = {"train": [], "heldout": []}, collections.Counter()
   for shared, record in examples:
+    if record is None:
+      left_out[shared] += 1
+      continue
+    if limit is not None and sum(map(len, lines.values())) == limit:
+      break
     name = "heldout" if is_heldout(shared, fraction) else "train"
     lines[name].append(json.dumps(record) + "\n")
-  return lines
+  return lines, left_out
 
 
 @terminal.command
@@ -212,8 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     )
   if not Path(args.input).exists():
     raise ValueError(f"--input={args.input}: there is no such file.")
-  examples = itertools.islice(RECIPES[args.recipe](args), args.limit)
-  lines = split(examples, args.heldout_fraction)
+  examples = RECIPES[args.recipe](args)
+  lines, left_out = split(examples, args.heldout_fraction, args.limit)
   if not lines["train"]:
     raise ValueError(f"--input={args.input} holds no example to train on.")
   Path(args.output).mkdir(parents=True, exist_ok=True)
@@ -222,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     with written_whole(path) as file:
       file.write("".join(some).encode())
     print(f"{path}: {len(some):,} examples")
+  for reason, count in left_out.items():
+    print(f"left out: {count:,}, {reason}")
   return 0
 
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from aunet_jax import config as config_lib
 from aunet_jax.aunet import counts
 from aunet_jax.config import Config
+from aunet_jax.files import write_whole
 from aunet_jax.workdir import layout
 from benchmarks import compare_models, recipes
 
@@ -124,7 +125,7 @@ def costs(output: Path, names: list[str]) -> dict[str, Cost]:
       name: [flops(config) / flops(named[PLAIN]), measured[name]]
       for name, config in named.items()
     }
-    path.write_text(json.dumps(found))
+    write_whole(path, json.dumps(found))
   return {name: Cost(*found[name]) for name in names}
 
 
@@ -215,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
   for name in args.options:
     if name not in OPTIONS:
       parser.error(f"{name!r} is none of {', '.join(OPTIONS)}")
+  if args.steps < 20 or args.seeds < 1:
+    parser.error("--steps from 20, --seeds from 1")
   args.options = list(dict.fromkeys([PLAIN, *args.options]))
   args.output.mkdir(parents=True, exist_ok=True)
   result = measure(args)

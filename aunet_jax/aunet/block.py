@@ -188,7 +188,7 @@ class Stack(nn.Module):
     unroll = self.model.unroll_layers
     if unroll is None:
       # A loop copies what it keeps for the backward pass into arrays of all
-      # layers, and out again: on TPUs a tenth of a step.
+      # layers, and out again: on TPUs 7 to 17% of a step (docs/scale.md).
       unroll = sharding.platform() == "tpu"
     if self.stage.remat != "none":
       block = nn.remat(

@@ -134,7 +134,9 @@ def _advice(config: Config, mesh) -> str:
     tries.append('set remat="full" for the largest stages (model.stages[i])')
   unrolled = config.model.unroll_layers
   if unrolled or unrolled is None and sharding.platform(mesh) == "tpu":
-    tries.append("set model.unroll_layers=False: a step is a tenth slower")
+    tries.append(
+      "set model.unroll_layers=False, which needs less on v5e and more on v6e"
+    )
   tries.append("raise mesh.tensor, or take more devices")
   return "; ".join(tries) + "."
 

@@ -355,17 +355,22 @@ def test_an_end_of_another_kind_or_none_is_a_broken_promise(monkeypatch):
   assert killed["statuses"] == [-signal.SIGKILL] * 2
 
 
-@pytest.mark.slow  # many starts of two processes
-def test_two_processes_outlive_stops_of_each_kind():
+@pytest.mark.parametrize(
+  "flags",
+  [
+    # One kill -9 and one SIGTERM, each to one process while it trains.
+    ("--stops=2", "--seed=0", "--kinds=term,kill_one", "--slow=4"),
+    pytest.param(("--stops=8", "--seed=1"), marks=pytest.mark.slow),
+  ],
+)
+def test_two_processes_outlive_stops(flags):
   result = subprocess.run(
-    [
-      sys.executable, "-m", "benchmarks.stops", "--stops=3", "--seed=1",
-      "--json",
-    ],
+    [sys.executable, "-m", "benchmarks.stops", "--json", *flags],
     cwd=ROOT,
     capture_output=True,
     text=True,
-  )  # fmt: skip
+  )
   assert result.returncode == 0, result.stdout + result.stderr
   report = json.loads(result.stdout.splitlines()[-1])
-  assert report["stops"] == 3 and report["starts"] >= 4
+  assert f"--stops={report['stops']}" == flags[0]
+  assert report["starts"] > report["stops"]

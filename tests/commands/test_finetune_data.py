@@ -101,6 +101,19 @@ def test_a_play_gives_conversations(tmp_path):
   ]  # fmt: skip
 
 
+def test_what_is_no_exchange_is_left_out_and_counted(tmp_path, capsys):
+  long = f"A:\n{'x' * 801}\n\nB:\nYes.\n\n" + "A:\nNo.\n\nB:\nSo.\n\n"
+  twice = "A:\nOne.\n\nA:\nTwo.\n\nA:\nThree.\n\nB:\nFour.\n\n"
+  play = long + long.replace("xx", "x", 1) + twice + twice + PLAY
+  flags = ("--heldout_fraction=0", "--limit=2")
+  status, found = convert(tmp_path, "dialogue", play, *flags)
+  assert status == 0 and len(found) == 2
+  assert "x" * 800 in found[0]["messages"][0]["content"]
+  out = capsys.readouterr().out
+  assert "left out: 1, a speech of over 800 characters\n" in out
+  assert "left out: 2, one speaker twice in a row\n" in out
+
+
 @pytest.fixture
 def languages(tmp_path):
   folder = tmp_path / "texts"
@@ -130,7 +143,7 @@ def test_many_languages_are_translated_into_one(tmp_path, languages):
 
 def test_examples_that_share_a_text_are_held_out_together():
   many = [(str(n // 5), {"prompt": str(n)}) for n in range(500)]
-  found = finetune_data.split(many, 0.3)
+  found, _ = finetune_data.split(many, 0.3)
   numbers = {
     name: {int(json.loads(line)["prompt"]) // 5 for line in some}
     for name, some in found.items()
