@@ -346,7 +346,7 @@ def test_an_end_of_another_kind_or_none_is_a_broken_promise(monkeypatch):
         stops.stop(run, "term", rng, slow=1)
       run.end(0)
   # Before Python has begun it is final, and the other one waits in vain.
-  run = Shells("trap - TERM; kill $$", "exit 1")
+  run = Shells("trap - TERM; kill $$", "sleep 1; exit 1")
   run.started_at = time.monotonic()
   statuses = stops.stop(run, "term", rng, slow=1)["statuses"]
   assert statuses == [-signal.SIGTERM, 1]

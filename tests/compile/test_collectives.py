@@ -247,15 +247,30 @@ def test_layers_that_are_no_loop_share_channels_and_count_each():
     for name in ("start", "step")
   ]
   plain = [f"  {gather('')}".replace("%g", f"%plain.{n}") for n in (1, 2)]
+  for layer in (1, 2):
+    fused.append(
+      f"%all-reduce-scatter.{layer} (p: bf16[16]) -> bf16[4] {{\n"
+      "  %p = bf16[16]{0} parameter(0)\n  %z = s32[] constant(0)\n"
+      "  %r = bf16[16]{0} all-reduce(%p), channel_id=4, "
+      "replica_groups={{0,1,2,3}}, to_apply=%add\n"
+      "  ROOT %s = bf16[4]{0} dynamic-slice(%r, %z)\n}\n"
+    )
+    calls.append(
+      f"  %sum.{layer} = bf16[4]{{0}} fusion(%p), kind=kCustom, "
+      f"calls=%all-reduce-scatter.{layer}"
+    )
   text = "\n".join(
     ["HloModule jit_f, num_partitions=4\n", *fused]
     + ["ENTRY %main (p: bf16[16]) -> bf16[64] {"]
     + ["  %p = bf16[16]{0} parameter(0)", *calls, *plain]
     + ["  ROOT %out = bf16[64]{0} add(%plain.1, %plain.2)", "}"]
   )
-  assert kinds_of(text) == {"all-gather": (5, 5 * 64 * 2)}
-  sent = [x for x in step_time.read(text)[0] if x.opcode == "all-gather"]
-  assert sum(x.times for x in sent) == 5
+  assert kinds_of(text) == {
+    "all-gather": (5, 5 * 64 * 2),
+    "reduce-scatter": (2, 2 * 16 * 2),
+  }
+  sent = [x.opcode for x in step_time.read(text)[0]]
+  assert (sent.count("all-gather"), sent.count("reduce-scatter")) == (5, 2)
 
 
 def test_started_collectives_count_their_results_and_groups_of_one_nothing():

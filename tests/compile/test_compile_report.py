@@ -141,6 +141,19 @@ def test_flops_agree_with_what_xla_counts():
   assert check["counted_by_xla"] == pytest.approx(check["expected"], rel=0.15)
 
 
+@pytest.mark.parametrize(
+  "platform,unroll,advised",
+  [("tpu", None, True), ("tpu", False, False), ("cpu", None, False)],
+)
+def test_a_loop_over_layers_is_advised_where_there_is_none(
+  monkeypatch, platform, unroll, advised
+):
+  monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+  config = tiny(f"--config.model.unroll_layers={unroll}")
+  advice = report_lib._advice(config, sharding.make_mesh(config.mesh))
+  assert ("unroll_layers=False" in advice) == advised
+
+
 ROOT = Path(__file__).parents[2]
 
 
