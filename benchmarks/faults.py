@@ -275,8 +275,11 @@ def kill_while_saving(run: Run, rng: random.Random) -> str:
 
 def kill_while_starting(run: Run, rng: random.Random) -> str:
   kill(run, rng)
+  logged = len(run.rows())
   run.start()
-  time.sleep(rng.uniform(0, 8))
+  end = time.monotonic() + rng.uniform(0, 8)
+  while time.monotonic() < end and len(run.rows()) == logged:
+    time.sleep(0.01)  # until it trains, at the latest
   return kill(run, rng)
 
 
