@@ -6,7 +6,6 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 EXIT_FAILED = 1  # the run failed; the same command may be tried again
 EXIT_BAD_INPUT = 2  # the command cannot work as it was given; no retry helps
@@ -73,27 +72,6 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
       return EXIT_INTERRUPTED
 
   return run
-
-
-def use_huge_pages() -> None:
-  """Starts this process anew with memory in pages of 2 MB, where Linux asks.
-
-  On CPUs, XLA asks the C library for a step's memory anew at every step, and
-  the kernel clears it page by page: of 4 kB, that takes a fifth of a step.
-  glibc takes large pages only if told at the start of a process, and Linux may
-  want them asked for (transparent_hugepage: madvise). Call it before JAX is
-  imported. GLIBC_TUNABLES that name hugetlb are left alone.
-  """
-  wanted = "glibc.malloc.hugetlb"
-  tunables = os.environ.get("GLIBC_TUNABLES", "")
-  try:
-    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-  except OSError:
-    return
-  if sys.executable and "[madvise]" in mode and wanted not in tunables:
-    both = [*filter(None, [tunables]), f"{wanted}=1"]
-    os.environ["GLIBC_TUNABLES"] = ":".join(both)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def add_trust_rules(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,14 @@ import argparse
 import dataclasses
 import functools
 import json
+import resource
 import sys
 import time
+
+from aunet_jax import memory
+
+if __name__ == "__main__":
+  memory.use_huge_pages()  # as the trainer does
 
 import jax
 import numpy as np
@@ -117,6 +123,12 @@ def prepare(model: ModelConfig, num_rows: int):
   return step, functools.partial(state.create_state, model, tx, mesh, 0), batch
 
 
+def peak_gib() -> float:
+  """Most memory this process has had, models before included."""
+  size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return size / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
 def time_steps(
   model: ModelConfig, num_rows: int, repeats: int, profiled: bool
 ) -> dict:
@@ -131,6 +143,7 @@ def time_steps(
       raise SystemExit("error: one row does not fit in the device's memory.")
     num_rows //= 2
   train_state = create()
+  memory.give_back()
   times = []
   for _ in range(repeats + 1):  # the first one warms up
     began = time.perf_counter()
@@ -157,6 +170,7 @@ def time_steps(
     "bytes_per_second": num_bytes / median,
     "useful_flops_per_second": useful / median,
     "padded_flops_per_second": padded / median,
+    "process_peak_gib": peak_gib(),
     "program_gib": step.memory_analysis().temp_size_in_bytes / 2**30,
   }
   if profiled:

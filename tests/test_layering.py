@@ -28,7 +28,9 @@ MAY_IMPORT = {
   "scaling": {"aunet", "splitting", "data", "workdir", "train"},
 }
 # Ground that rooms may stand on; the rest of it are commands over rooms.
-GROUND = {"arrays", "compiled", "config", "files", "settings", "terminal"}
+GROUND = {
+  "arrays", "compiled", "config", "files", "memory", "settings", "terminal",
+}  # fmt: skip
 
 
 def files() -> dict[str, Path]:

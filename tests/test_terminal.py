@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -78,35 +77,6 @@ def test_a_reader_that_has_seen_enough_is_no_error():
   os.close(read)
   _, error = child.communicate()
   assert (child.returncode, error) == (0, b"")
-
-
-def test_the_trainer_starts_with_huge_pages_once(tmp_path):
-  script = tmp_path / "started.py"
-  script.write_text(
-    "import os, sys\n"
-    "from aunet_jax import terminal\n"
-    "print(os.getpid(), flush=True)\n"
-    "terminal.use_huge_pages()\n"
-    "print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:])\n"
-  )
-  enabled = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-  asked = enabled.exists() and "[madvise]" in enabled.read_text()
-
-  def run(**env):
-    command = [sys.executable, str(script), "a b", "--flag='x'"]
-    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | env
-    env["PYTHONPATH"] = str(pathlib.Path(terminal.__file__).parents[1])
-    done = subprocess.run(
-      command, env=env, capture_output=True, text=True, check=True
-    )
-    return done.stdout.splitlines()
-
-  *pids, last = run()
-  assert len(pids) == 1 + asked and len(set(pids)) == 1
-  assert last.endswith("""['a b', "--flag='x'"]""")
-  assert last.startswith("glibc.malloc.hugetlb=1" if asked else "None")
-  *pids, last = run(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
-  assert len(pids) == 1 and last.startswith("glibc.malloc.hugetlb=0 ")
 
 
 def test_too_little_memory_is_one_line(capsys):

@@ -4,7 +4,8 @@ Position t sees key s iff 0 <= t - s < window and their documents are equal.
 Every kernel computes exactly that, values and gradients; they differ in speed,
 in memory and in where they run:
 
-  xla     blocks of half a window in plain XLA; the reference, runs anywhere.
+  xla     blocks of a part of a window in plain XLA; the reference, runs
+          anywhere.
   splash  the TPU kernel that ships with JAX (Pallas); visits only the blocks
           of keys that a block of queries can see, stores no scores.
   triton  the same for NVIDIA GPUs, ours (`attention_gpu.py`); triton_64 and
@@ -118,10 +119,8 @@ def multiplied_pairs(kernel: str, length: int, window: int | None) -> int:
   """(query, key) pairs of a row that a kernel multiplies, masked or not."""
   window = length if window is None else min(window, length)
   if kernel == "xla":
-    block = -(-window // 2)
-    if 3 * block >= length:
-      return length * length
-    return -(-length // block) * block * 3 * block
+    block, back = _block_size(length, window)
+    return -(-length // block) * block * (back + 1) * block
   if kernel == "splash":
     queries = keys = _splash_block(length)
   else:
@@ -149,8 +148,9 @@ def blockwise(
 
   Position t sees key s iff 0 <= t - s < window and their documents are equal.
   Exact; softmax in float32. Memory O(L * window): positions are cut into N
-  blocks of half a window, and a block sees itself and the two before it. The
-  backward pass keeps no scores: it computes them again.
+  blocks of a quarter of a window, of a half where it is short, and a block
+  sees itself and the four or two before it. The backward pass keeps no scores:
+  it computes them again.
 
   Returns: o_BLHK, dtype of v_BLGK.
   """
@@ -160,7 +160,8 @@ def blockwise(
 def _block_size(length: int, window: int | None) -> tuple[int, int]:
   """Positions of a block, and how many blocks before its own it sees."""
   window = length if window is None else min(window, length)
-  block, back = -(-window // 2), 2  # `back` blocks hold the window - 1 before
+  back = 4 if window >= 256 else 2  # less is masked, smaller products
+  block = -(-window // back)  # `back` blocks hold the window - 1 before
   return (length, 0) if block * (back + 1) >= length else (block, back)
 
 

@@ -22,10 +22,10 @@ import statistics
 import sys
 import threading
 
-from aunet_jax import terminal
+from aunet_jax import memory, terminal
 
 if __name__ == "__main__":
-  terminal.use_huge_pages()
+  memory.use_huge_pages()
 
 import absl.logging
 import jax

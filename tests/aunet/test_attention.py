@@ -132,6 +132,7 @@ CASES = {
     12,
   ),
   "window of one": (pieces([(1, 20), (2, 13)]), 1, 2, 1, 8),
+  "window of four blocks": (pieces([(1, 361), (2, 9)]), 257, 2, 1, 8),
   "window past the row, whole blocks": (
     pieces([(1, 100), (2, 156)]),
     1000,
@@ -281,6 +282,13 @@ def test_multiplied_pairs_are_those_of_whole_blocks(kernel):
   met = blocks.any(axis=(1, 3)).sum()
   pairs = attention.multiplied_pairs(kernel, L, window)
   assert pairs == met * queries * keys
+
+
+def test_xla_multiplies_blocks_of_a_part_of_a_window():
+  pairs = functools.partial(attention.multiplied_pairs, "xla")
+  assert pairs(1000, 256) == 16 * 64 * (5 * 64)
+  assert pairs(1000, 100) == 20 * 50 * (3 * 50)
+  assert pairs(300, 256) == pairs(300, None) == 300 * 300
 
 
 def test_a_choice_that_cannot_run_names_stage_choice_and_remedy():
