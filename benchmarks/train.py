@@ -143,7 +143,6 @@ def time_steps(
       raise SystemExit("error: one row does not fit in the device's memory.")
     num_rows //= 2
   train_state = create()
-  memory.give_back()
   times = []
   for _ in range(repeats + 1):  # the first one warms up
     began = time.perf_counter()

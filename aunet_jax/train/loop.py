@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from aunet_jax import memory
 from aunet_jax.aunet import counts, devices, sharding
 from aunet_jax.terminal import Failure
 from aunet_jax.train import replicas
@@ -130,7 +129,6 @@ def compile_for(setup: Setup, batch) -> Callable:
       setup.config, setup.tx, setup.mesh, setup.shardings, setup.train_state,
       batch,
     )  # fmt: skip
-  memory.give_back()
   setup.log.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
   return step_fn
 

@@ -11,6 +11,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
+from aunet_jax import memory
 from aunet_jax.aunet import sharding
 from aunet_jax.aunet.network import abstract_params, init_params
 from aunet_jax.config import ModelConfig
@@ -92,7 +93,9 @@ def with_params(
   """A TrainState at step 0 around given parameters."""
   _, shardings = abstract_state(config, optimizer, mesh)
   zero = jnp.zeros((), jnp.int32)
-  return jax.jit(
+  made = jax.jit(
     lambda p: TrainState(zero, p, optimizer.init(p), zero, zero),
     out_shardings=shardings,
   )(params)
+  memory.give_back()
+  return made

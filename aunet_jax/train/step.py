@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from aunet_jax import memory
 from aunet_jax.aunet import counts, loss, sharding
 from aunet_jax.aunet.network import AUNet
 from aunet_jax.config import Config, ModelConfig
@@ -205,4 +206,6 @@ def compile_step(config: Config, tx, mesh, shardings, abstract, batch):
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
   with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-    return step.lower(abstract, batch).compile()
+    compiled = step.lower(abstract, batch).compile()
+  memory.give_back()
+  return compiled
