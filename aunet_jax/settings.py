@@ -179,7 +179,7 @@ class ModelConfig:
   heads_loss_weight: float = 0.3
   dtype: str = "bfloat16"  # compute; norms, softmax, logits, loss: float32
   param_dtype: str = "float32"
-  # False: layers are a loop in the compiled program. None: not on TPUs.
+  # False: layers are a loop in the compiled program. None: on CPUs.
   unroll_layers: bool | None = None
 
   def __post_init__(self):

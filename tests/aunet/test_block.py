@@ -161,9 +161,10 @@ def test_remat_and_unrolling_change_nothing(remat, unroll):
     ("cpu", True, False),
     ("tpu", None, False),
     ("tpu", False, True),
+    ("gpu", None, False),
   ],
 )
-def test_layers_are_a_loop_where_asked_for_and_not_on_tpus(
+def test_layers_are_a_loop_where_asked_for_and_on_cpus(
   monkeypatch, platform, unroll, loops
 ):
   monkeypatch.setattr(sharding, "platform", lambda: platform)

@@ -85,23 +85,53 @@ def run(module: str, *flags: str) -> str:
   return done.stdout
 
 
-@pytest.mark.slow  # two trainings of a minute or more each
-@pytest.mark.parametrize("recipe", ["sst2", "dialogue"])
-def test_64_records_are_memorised_to_the_byte(recipe, tmp_path):
+def example(recipe: str, n: int) -> dict:
+  """The n-th of 64 made-up examples as the recipe's source writes them."""
+  number, yes = n * 37 % 101, n * n % 5 % 2
   if recipe == "sst2":
-    records = [
-      {"sentence": f"film {n * n} was seen {n % 7}", "label": n * n % 5 % 2}
-      for n in range(64)
-    ]
-    content = "".join(json.dumps(r) + "\n" for r in records)
+    return {"sentence": f"film {n * n} was seen {n % 7}", "label": yes}
+  if recipe in ("rte", "mrpc"):
+    first, second = f"it rained {n * n} times", f"{n % 7} wet days"
+    return {"sentence1": first, "sentence2": second, "label": yes}
+  if recipe == "squad":
+    question = f"What had the king of {900 + n}?"
+    answers = [{"text": f"{number} towns"}]
+    return {
+      "context": f"In {900 + n} a king of {number} towns met {n % 9} men.",
+      "qas": [{"question": question, "answers": answers}],
+    }
+  about = f"It is about {n * n} things."
+  return {"text": f"PEP: {n}\nTitle: Rule {number}\n\n\n{about}"}
+
+
+def write_64(recipe: str, path) -> None:
+  """64 examples as the recipe's source has them."""
+  if recipe == "dialogue":
+    speeches = [f"I say {n * n * 37 % 1009} to {n % 13}." for n in range(256)]
+    named = [f"{'AB'[n % 2]}:\n{said}" for n, said in enumerate(speeches)]
+    path.write_text("\n\n".join(named))
+  elif recipe == "translate":
+    path.mkdir()
+    for name, word in {"src.eng": "house", "ref.deu": "Haus"}.items():
+      text = [f"{word} {n * n * 37 % 1009}\n" for n in range(64)]
+      (path / f"{name}.txt").write_text("".join(text))
   else:
-    content = "\n\n".join(
-      f"{'AB'[n % 2]}:\nI say {n * n * 37 % 1009} to {n % 13}."
-      for n in range(256)
-    )
-  (tmp_path / "in").write_text(content)
+    examples = [example(recipe, n) for n in range(64)]
+    lines = "".join(json.dumps(e) + "\n" for e in examples)
+    squad = json.dumps({"data": [{"paragraphs": examples}]})
+    path.write_text(squad if recipe == "squad" else lines)
+
+
+@pytest.mark.slow  # a training of a minute or more each
+@pytest.mark.parametrize(
+  "recipe",
+  ["sst2", "rte", "mrpc", "squad", "translate", "summarise", "dialogue"],
+)
+def test_64_records_are_memorised_to_the_byte(recipe, tmp_path):
+  write_64(recipe, tmp_path / "in")
+  pairs = ["--pairs=deu-eng"] if recipe == "translate" else []
   made = [recipe, f"--input={tmp_path / 'in'}", f"--output={tmp_path}"]
-  assert finetune_data.main([*made, "--heldout_fraction=0"]) == 0
+  assert finetune_data.main([*made, *pairs, "--heldout_fraction=0"]) == 0
   model = "--config.model.stages"
   flags = (
     f"--config=configs/{recipe}.py", f"--workdir={tmp_path / 'run'}",

@@ -107,6 +107,21 @@ def test_processes_that_share_a_batch_shard_read_the_same_rows(
   np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
 
 
+@pytest.mark.slow  # three runs
+def test_two_processes_begin_with_a_model_as_one(tmp_path, corpus):
+  source, one, two = (tmp_path / name for name in ("source", "one", "two"))
+  finish(start(source, corpus, 1))
+  flag = f"--config.train.init_from={source}"
+  finish(start(one, corpus, 1, flag))
+  finish(*two_processes(two, corpus, flag, "--config.mesh.fsdp=2"))
+  np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+  assert losses(two)[0] < losses(source)[0] - 0.1  # not a fresh model
+  origins = [
+    json.loads((run / "init_from.json").read_text()) for run in (one, two)
+  ]
+  assert origins[0] == origins[1]
+
+
 @pytest.mark.slow  # a compilation each
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_every_mesh_trains_as_one_device(tmp_path, corpus, one_device, mesh):
