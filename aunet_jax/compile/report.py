@@ -133,7 +133,7 @@ def _advice(config: Config, mesh) -> str:
   if any(stage.remat != "full" for stage in config.model.stages):
     tries.append('set remat="full" for the largest stages (model.stages[i])')
   unrolled = config.model.unroll_layers
-  if unrolled or unrolled is None and sharding.platform(mesh) != "cpu":
+  if unrolled or unrolled is None and sharding.platform(mesh) == "tpu":
     tries.append(
       "set model.unroll_layers=False, which needs less on v5e and more on v6e"
     )

@@ -143,7 +143,7 @@ def test_flops_agree_with_what_xla_counts():
 
 @pytest.mark.parametrize(
   "platform,unroll,advised",
-  [("tpu", None, True), ("tpu", False, False), ("cpu", None, False)],
+  [("tpu", None, True), ("tpu", False, False), ("gpu", None, False)],
 )
 def test_a_loop_over_layers_is_advised_where_there_is_none(
   monkeypatch, platform, unroll, advised
